@@ -1,0 +1,1 @@
+"""The command line, and bringing the stack up on one machine or many."""

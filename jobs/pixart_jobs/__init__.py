@@ -1,0 +1,1 @@
+"""Where platform and models meet: one file a job, in pipeline order."""

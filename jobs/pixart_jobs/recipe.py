@@ -1,0 +1,197 @@
+"""The recipe of a whole pipeline: one section a job, each validated before anything runs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pixart_models.config import PRESETS, NetworkConfig, get_preset
+from pixart_models.diffusion import ObjectiveName, get_objective
+from pixart_models.errors import ModelInputError
+from pixart_platform.accounting import AccountingSettings
+from pixart_platform.batches import Condition
+from pixart_platform.engine import OptimizerSettings
+from pixart_platform.recipe import Count, Section
+from pydantic import AfterValidator, Field, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _check_source(source: str) -> str:
+    if source == "digits" or source.startswith("folder:"):
+        return source
+    raise ValueError("write 'digits' for the sample scenes or 'folder:PATH' for your own images")
+
+
+def _check_condition(text: str) -> str:
+    Condition.parse(text)
+    return text
+
+
+class DataSettings(Section):
+    """Where images come from, and which are refused."""
+
+    source: Annotated[str, AfterValidator(_check_source)] = "digits"
+    """``digits``, or ``folder:PATH`` (images at any depth, captions in ``NAME.txt``)."""
+    num_scenes: Count = Field(8192, ge=1, le=10**8)
+    """Scenes to compose; ``digits`` only."""
+    partition_rows: Count = Field(512, ge=1, le=10**6)
+    """Rows of a partition, the unit of work and retry."""
+    min_side: int = Field(16, ge=1)
+    """Images narrower or lower than this many pixels are rejected."""
+    max_pixels: Count = Field(64_000_000, ge=1)
+    """Images with more pixels are rejected before they are decoded."""
+    num_workers: int = Field(2, ge=1, le=1024)
+
+
+class CaptionSettings(Section):
+    """Who writes the dense captions."""
+
+    captioner: str = "builtin:digits"
+    """``builtin:digits``, or a transformers image-text model: local folder or hub id."""
+    prompt: str = "Describe this image and its style in a very detailed manner"
+    """What a vision-language captioner is asked; the default is the paper's."""
+    max_new_tokens: int = Field(256, ge=1, le=4096)
+    batch_images: int = Field(32, ge=1, le=1024)
+    num_workers: int = Field(2, ge=1, le=1024)
+    num_gpus: float = Field(0, ge=0, le=8)
+    """GPUs of each worker."""
+
+
+class EncodeSettings(Section):
+    """Latents and text features."""
+
+    autoencoder: str = "builtin:digits"
+    """``builtin:digits``, or a diffusers AutoencoderKL: local folder or hub id."""
+    text_encoder: str = "builtin:t5-tiny"
+    """``builtin:t5-tiny``, or a transformers T5 encoder: local folder or hub id."""
+    max_tokens: int = Field(48, ge=1, le=1024)
+    resolutions: tuple[int, ...] = Field((32, 48), min_length=1)
+    """Picture sides in pixels; one latent table each."""
+    batch_images: int = Field(128, ge=1, le=4096)
+    num_workers: int = Field(2, ge=1, le=1024)
+    num_gpus: float = Field(0, ge=0, le=8)
+
+
+class StageSettings(Section):
+    """One training stage."""
+
+    condition_on: Literal["class", "text"]
+    """``class`` trains a DiT on labels, ``text`` a PixArt on captions."""
+    start_from: str = "previous"
+    """``scratch``; ``previous`` stage; or ``registry:ALIAS_OR_VERSION``."""
+    resolution: int = Field(ge=8, le=4096)
+    images: Count = Field(ge=1)
+    """Length of the stage."""
+    batch_images: Count = Field(64, ge=1)
+    """Global batch, whatever the number of workers."""
+    optimizer: OptimizerSettings
+    ema_half_life_images: Count = Field(5000, ge=1)
+    condition_drop: float = Field(0.1, ge=0, lt=1)
+    """Share of samples whose caption or class is dropped, for guidance."""
+    position_scale: float = Field(1.0, gt=0)
+    """Squeezes positions, to start a finer grid from a coarser one."""
+    where: Annotated[str, AfterValidator(_check_condition)] = ""
+    """Curated subset, on columns of the image table: ``quality >= 0.6 and label >= 0``."""
+
+
+class TrainSettings(Section):
+    """What all stages share."""
+
+    network: str = "digits"
+    """A preset of ``pixart_models.config``."""
+    objective: ObjectiveName = "flow"
+    """``flow`` (rectified flow) or ``iddpm`` (the paper's)."""
+    num_workers: int = Field(2, ge=1, le=1024)
+    zero_stage: Literal[0, 1, 2] = 2
+    use_gpu: bool = False
+    max_failures: int = Field(3, ge=0)
+    """Worker deaths survived before a stage gives up."""
+    save_every_images: Count = Field(12_800, ge=1)
+    preview_every_images: Count = Field(12_800, ge=1)
+    log_every_images: Count = Field(640, ge=1)
+    preview_prompts: tuple[str, ...] = ()
+    """Drawn with the same seeds at every preview."""
+
+    @model_validator(mode="after")
+    def _known_network(self) -> "TrainSettings":
+        if self.network not in PRESETS:
+            raise ValueError(f"network {self.network!r} is unknown; one of {', '.join(PRESETS)}")
+        return self
+
+
+class DrawSettings(Section):
+    """How evaluation and services draw unless told otherwise."""
+
+    num_steps: int = Field(12, ge=1, le=1000)
+    guidance: float = Field(2.5, ge=1, le=20)
+
+
+class EvaluateSettings(Section):
+    """Evaluation and the gates of promotion."""
+
+    num_prompts: int = Field(160, ge=2, le=100_000)
+    batch_images: int = Field(40, ge=1, le=4096)
+    minimum: dict[str, float] = Field(default_factory=dict)
+    """Lowest value of each metric that may be promoted."""
+
+
+class Recipe(Section):
+    """A pipeline from images to an evaluated model; the cluster room adds how it is served."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    """Names the registered model and the MLflow experiment."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataSettings = DataSettings()
+    caption: CaptionSettings = CaptionSettings()
+    encode: EncodeSettings = EncodeSettings()
+    train: TrainSettings = TrainSettings()
+    stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], StageSettings] = Field(min_length=1)
+    draw: DrawSettings = DrawSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    accounting: AccountingSettings = AccountingSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        for name, stage in self.stages.items():
+            place = f"stages.{name}"
+            if stage.resolution not in self.encode.resolutions:
+                raise ValueError(
+                    f"{place}.resolution = {stage.resolution} is not among encode.resolutions "
+                    f"{list(self.encode.resolutions)}; add it there"
+                )
+            if stage.batch_images % self.train.num_workers:
+                raise ValueError(
+                    f"{place}.batch_images = {stage.batch_images} does not divide among "
+                    f"train.num_workers = {self.train.num_workers}"
+                )
+            if stage.images < stage.batch_images:
+                raise ValueError(
+                    f"{place}.images = {stage.images} is less than one batch "
+                    f"({stage.batch_images}); no step would be taken"
+                )
+        if next(iter(self.stages.values())).start_from == "previous":
+            raise ValueError(
+                f"stages.{next(iter(self.stages))}.start_from = 'previous': the first stage has no "
+                f"previous one; write 'scratch' or 'registry:ALIAS'"
+            )
+        return self
+
+    def network_of(
+        self, stage: StageSettings, *, factor: int, channels: int, text_width: int
+    ) -> NetworkConfig:
+        """The network of a stage, given its autoencoder and text encoder. Raises ModelInputError."""
+        patch = PRESETS[self.train.network].patch
+        if stage.resolution % (factor * patch):
+            raise ModelInputError(
+                f"resolution = {stage.resolution}: must be a multiple of {factor * patch} "
+                f"(autoencoder factor {factor} x patch {patch})"
+            )
+        return get_preset(
+            self.train.network,
+            architecture="dit" if stage.condition_on == "class" else "pixart",
+            latent_channels=channels,
+            predict_variance=get_objective(self.train.objective).predicts_variance,
+            sample_size=stage.resolution // factor,
+            position_scale=stage.position_scale,
+            text_width=text_width,
+            max_tokens=self.encode.max_tokens,
+        )

@@ -1,0 +1,137 @@
+"""Digit scenes: real scans composed into small colour pictures, the demo's "pile of web images".
+
+The 1,797 handwritten digits that scikit-learn carries (UCI optical recognition set, 8x8 pixels, 17
+grey levels) are drawn in named colours on a dark ground: one digit, or two in a relation. Each
+scene carries what the web would give (a poor raw caption), and its truth, which only the
+evaluation and the accuracy report may read. A scene is a pure function of (split, seed, index),
+so any partition can be composed anywhere, in any order.
+
+Scans are split by index into disjoint train and test sets, and one prompt in ten (by hash) is held
+out: no training scene shows it, and evaluation draws only those.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pixart_models.digits import COLORS, DIGIT_NAMES, Reading, describe, load_scans
+
+Split = Literal["train", "test"]
+Relation = Literal["left of", "above"]
+RELATIONS: tuple[Relation, ...] = ("left of", "above")
+
+SCENE_SIZE = 48  # pixels a side
+PAIR_SHARE = 0.5  # of scenes with two digits
+NOISY_SHARE = 0.2  # of scenes with visible sensor noise, which stage 3's curation drops
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One composed picture with everything known about it."""
+
+    image: NDArray[np.uint8]  # (SCENE_SIZE, SCENE_SIZE, 3)
+    reading: Reading
+    raw_caption: str
+
+    @property
+    def label(self) -> int | None:
+        """Class label 0-9 of a single digit; None for a pair, as web images seldom have one."""
+        return self.reading.digits[0] if len(self.reading.digits) == 1 else None
+
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(self.image).save(buffer, format="png", compress_level=1)
+        return buffer.getvalue()
+
+    def truth(self) -> str:
+        return json.dumps(asdict(self.reading))
+
+
+@cache
+def _scans_by_digit(split: Split) -> tuple[NDArray[np.float32], ...]:
+    scans, labels = load_scans(split)
+    return tuple(scans[labels == digit] for digit in range(10))
+
+
+def is_held_out(reading: Reading) -> bool:
+    """Whether this prompt belongs to evaluation: one in ten, by a hash of its words."""
+    return hashlib.sha256(describe(reading).encode()).digest()[0] % 10 == 0
+
+
+def sample_reading(rng: np.random.Generator, *, held_out: bool) -> Reading:
+    """A random scene description from the training prompts, or from the held-out ones."""
+    while True:
+        pair = rng.random() < PAIR_SHARE
+        count = 2 if pair else 1
+        reading = Reading(
+            digits=tuple(int(d) for d in rng.integers(0, 10, count)),
+            colors=tuple(str(c) for c in rng.choice(list(COLORS), count)),
+            relation=cast(Relation, str(rng.choice(RELATIONS))) if pair else None,
+        )
+        if is_held_out(reading) == held_out:
+            return reading
+
+
+def _paint_digit(
+    canvas: NDArray[np.float32],
+    scan: NDArray[np.float32],
+    color: str,
+    size: int,
+    center: tuple[float, float],
+    rng: np.random.Generator,
+) -> None:
+    """Blend one scan into ``canvas`` (H, W, 3), values in 0-255, ``center`` as (row, column)."""
+    alpha_image = Image.fromarray((scan * 255).astype(np.uint8)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    alpha = np.asarray(alpha_image, np.float32)[..., None] / 255
+    top = int(np.clip(round(center[0] - size / 2), 0, SCENE_SIZE - size))
+    left = int(np.clip(round(center[1] - size / 2), 0, SCENE_SIZE - size))
+    ink = np.clip(np.array(COLORS[color], np.float32) + rng.normal(0, 8, 3), 0, 255)
+    window = canvas[top : top + size, left : left + size]
+    window += alpha * (ink.astype(np.float32) - window)
+
+
+def _raw_caption(reading: Reading, rng: np.random.Generator) -> str:
+    """What the web would say: file names, a missing colour, a forgotten second digit."""
+    number = int(rng.integers(1, 9999))
+    first, color = DIGIT_NAMES[reading.digits[0]], reading.colors[0]
+    choices = [f"IMG_{number:04d}.png", f"scan {first}", f"{first} {number}.jpg", f"digit {color}"]
+    if len(reading.digits) == 2:
+        choices.append(f"{first} and {DIGIT_NAMES[reading.digits[1]]}")
+    return str(rng.choice(choices))
+
+
+def compose(reading: Reading, split: Split, rng: np.random.Generator) -> Scene:
+    """Draw ``reading`` with random scans of ``split``, sizes, places, ground and noise."""
+    ground = rng.uniform(8, 40)
+    canvas = np.full((SCENE_SIZE, SCENE_SIZE, 3), ground, np.float32)
+    middle, offset = SCENE_SIZE / 2, SCENE_SIZE / 4
+    if reading.relation is None:
+        centers, low, high = [(middle, middle)], 26, 29
+    elif reading.relation == "left of":
+        centers, low, high = [(middle, middle - offset), (middle, middle + offset)], 21, 23
+    else:
+        centers, low, high = [(middle - offset, middle), (middle + offset, middle)], 21, 23
+    for digit, color, (row, column) in zip(reading.digits, reading.colors, centers, strict=True):
+        scans = _scans_by_digit(split)[digit]
+        scan = scans[rng.integers(len(scans))]
+        shift = rng.uniform(-1.5, 1.5, 2)
+        center = (row + float(shift[0]), column + float(shift[1]))
+        _paint_digit(canvas, scan, color, int(rng.integers(low, high)), center, rng)
+    noise = rng.uniform(10, 16) if rng.random() < NOISY_SHARE else rng.uniform(0, 2)
+    canvas += rng.normal(0, noise, canvas.shape).astype(np.float32)
+    image = np.clip(canvas, 0, 255).astype(np.uint8)
+    return Scene(image, reading, _raw_caption(reading, rng))
+
+
+def compose_scene(index: int, *, seed: int, split: Split = "train") -> Scene:
+    """Scene ``index`` of the endless set ``(split, seed)``; never a held-out prompt in train."""
+    rng = np.random.default_rng([seed, 0 if split == "train" else 1, index])
+    return compose(sample_reading(rng, held_out=split == "test"), split, rng)

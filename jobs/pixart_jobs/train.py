@@ -1,0 +1,282 @@
+"""A training stage: Ray Train workers, DeepSpeed ZeRO, one loop, one registered snapshot.
+
+A stage is named by the digest of everything that decides its weights (settings, tables, parent),
+so running it again finds the finished snapshot, or the newest state, or starts.
+"""
+
+import base64
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray.train
+import torch
+from pixart_jobs.encode import unpack_features
+from pixart_jobs.recipe import Recipe, StageSettings
+from pixart_jobs.stage_task import LatentTask
+from pixart_models.config import NetworkConfig
+from pixart_models.dit import DiT
+from pixart_models.ema import Ema
+from pixart_models.errors import ModelInputError
+from pixart_models.pixart import PixArt
+from pixart_models.reparameterize import check_compatible, reparameterize
+from pixart_models.snapshot import SnapshotConfig, build_network, load_config, load_network, save_snapshot
+from pixart_platform.batches import Condition, RowIndex
+from pixart_platform.checkpoint import StateStore
+from pixart_platform.engine import Engine, choose_accelerator
+from pixart_platform.errors import PixartError, TrainingError
+from pixart_platform.manifest import MANIFEST_FILE, FileRecord, Manifest, load_manifest
+from pixart_platform.order import Order
+from pixart_platform.recipe import digest_of
+from pixart_platform.seeds import derive_seed
+from pixart_platform.storage import publish_folder
+from pixart_platform.tables import Table
+from pixart_platform.tracking import Tracker
+from pixart_platform.train_loop import LoopSettings, train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+SNAPSHOT_SCHEMA = "snapshot/1"
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """The tables a stage reads and the snapshot it starts from."""
+
+    images: Table
+    text: Table
+    latents: Table
+    parent: Path | None
+
+    def digests(self) -> dict[str, str]:
+        found = {"images": self.images.digest, "latents": self.latents.digest, "text": self.text.digest}
+        if self.parent:
+            found["parent"] = load_manifest(self.parent).digest
+        return found
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, ready to run anywhere."""
+
+    name: str
+    recipe: Recipe
+    settings: StageSettings
+    inputs: StageInputs
+    snapshot: SnapshotConfig
+    folder: Path
+    document: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return digest_of({"stage": self.document, "inputs": self.inputs.digests()})
+
+    @property
+    def snapshot_folder(self) -> Path:
+        return self.folder / "snapshot"
+
+    @property
+    def preview_folder(self) -> Path:
+        return self.folder / "previews"
+
+    @property
+    def error_path(self) -> Path:
+        return self.folder / "error.txt"
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.snapshot_folder / MANIFEST_FILE).is_file()
+
+    @property
+    def num_images(self) -> int:
+        """Images the stage really sees: whole batches."""
+        return self.settings.images // self.settings.batch_images * self.settings.batch_images
+
+
+def plan(recipe: Recipe, name: str, inputs: StageInputs, root: Path) -> StagePlan:
+    """Everything that decides stage ``name``. Raises ModelInputError if it cannot be built."""
+    settings = recipe.stages[name]
+    text, latent = inputs.text.manifest.extra, inputs.latents.manifest.extra
+    network = recipe.network_of(
+        settings, factor=latent["factor"], channels=latent["channels"], text_width=text["width"]
+    )
+    snapshot = SnapshotConfig(
+        network=network,
+        objective=recipe.train.objective,
+        resolution=settings.resolution,
+        autoencoder=recipe.encode.autoencoder,
+        autoencoder_digest=latent["digest"],
+        text_encoder=recipe.encode.text_encoder,
+        text_encoder_digest=text["digest"],
+    )
+    if inputs.parent:
+        _check_parent(inputs.parent, snapshot)
+    document = {
+        "settings": settings.model_dump(mode="json", exclude={"start_from"}),
+        "network": network.to_dict(),
+        "objective": recipe.train.objective,
+        "seed": recipe.seed,
+        "name": name,
+    }
+    digest = digest_of({"stage": document, "inputs": inputs.digests()})
+    folder = root / f"{name}-{digest[:8]}"
+    return StagePlan(name, recipe, settings, inputs, snapshot, folder, document)
+
+
+def _check_parent(parent: Path, wanted: SnapshotConfig) -> None:
+    """Raise ModelInputError unless ``parent`` can become a network of ``wanted``."""
+    config = load_config(parent)
+    if config.network.architecture == "pixart" and wanted.network.architecture == "dit":
+        raise ModelInputError(f"{parent} is a PixArt; a class-conditional stage cannot start from it")
+    check_compatible(config.network, wanted.network)
+    if config.objective != wanted.objective:
+        raise ModelInputError(
+            f"{parent} was trained with objective {config.objective}, this stage uses "
+            f"{wanted.objective}; train its parent with the same one"
+        )
+    if config.autoencoder_digest != wanted.autoencoder_digest:
+        raise ModelInputError(f"{parent} was trained on latents of another autoencoder")
+
+
+def run(stage: StagePlan, tracker: Tracker, scratch: Path, on_progress: Callable[[int], None]) -> None:
+    """Train ``stage`` to its snapshot; at once if it is there. Raises TrainingError.
+
+    ``scratch`` is for Ray's own files, which nothing needs afterwards.
+    """
+    if stage.is_finished:
+        return
+    stage.error_path.unlink(missing_ok=True)
+    settings = stage.recipe.train
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "stage": stage, "tracking_uri": tracker.uri, "run_id": tracker.run_id,
+        },
+        scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
+        run_config=RunConfig(
+            name=stage.folder.name,
+            storage_path=str(scratch / "train"),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+        ),
+    )  # fmt: skip
+    with _watch(tracker, on_progress):
+        trainer.fit()
+    if stage.error_path.is_file():
+        raise TrainingError(f"stage {stage.name}: {stage.error_path.read_text()}")
+    assert stage.is_finished, "every rank returned, so rank 0 wrote the snapshot"
+
+
+@contextmanager
+def _watch(tracker: Tracker, on_progress: Callable[[int], None]) -> Iterator[None]:
+    """Report progress while a stage runs, read where the workers log it."""
+    done = threading.Event()
+
+    def poll() -> None:
+        while not done.wait(1.0):
+            points = tracker.history("loss")
+            if points:
+                on_progress(points[-1][0])
+
+    thread = threading.Thread(target=poll, name="watch-training", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """Runs on every Ray Train worker. The stage's own errors are final, not retried."""
+    stage = cast(StagePlan, config["stage"])
+    lead = ray.train.get_context().get_world_rank() == 0
+    try:
+        _train_stage(stage, config["tracking_uri"], config["run_id"], lead)
+    except (PixartError, ModelInputError) as error:
+        if lead:
+            stage.error_path.write_text(str(error))
+
+
+def _train_stage(stage: StagePlan, uri: str, run_id: str, lead: bool) -> None:
+    device = choose_accelerator()
+    recipe, settings = stage.recipe, stage.settings
+    torch.manual_seed(derive_seed(recipe.seed, stage.name, "init"))
+    network = start_network(stage.snapshot.network, stage.inputs.parent)
+    engine = Engine(
+        network, settings.optimizer, zero_stage=recipe.train.zero_stage, device=device,
+        micro_batch=settings.batch_images // recipe.train.num_workers,
+    )  # fmt: skip
+    average = Ema(engine.parameters() if lead else [], settings.ema_half_life_images)
+    tracker = Tracker(uri, run_id) if lead else None
+    index = build_index(stage)
+    text = stage.inputs.text.manifest.extra
+    null = unpack_features(base64.b64decode(text["null_features"]), text["width"])
+    task = LatentTask(
+        snapshot=stage.snapshot,
+        latent_scale=stage.inputs.latents.manifest.extra["scale"],
+        null_features=null.float(),
+        condition_drop=settings.condition_drop,
+        device=device,
+        preview_prompts=recipe.train.preview_prompts,
+        preview_folder=stage.preview_folder,
+        log_image=tracker.log_image if tracker else lambda *_: None,
+    )
+    train(
+        task=task,
+        engine=engine,
+        optimizer=settings.optimizer,
+        settings=LoopSettings(
+            total_images=settings.images,
+            batch_images=settings.batch_images,
+            save_every_images=recipe.train.save_every_images,
+            preview_every_images=recipe.train.preview_every_images,
+            log_every_images=recipe.train.log_every_images,
+            seed=derive_seed(recipe.seed, stage.name),
+        ),
+        index=index,
+        order=Order.over(
+            index.counts, batch_images=settings.batch_images, seed=derive_seed(recipe.seed, "order")
+        ),
+        states=StateStore(stage.folder / "state", stage.digest),
+        average=average,
+        log_metrics=tracker.log_metrics if tracker else lambda *_: None,
+    )
+    if lead:
+        publish_snapshot(stage, average.tensors)
+
+
+def build_index(stage: StagePlan) -> RowIndex:
+    """The rows this stage may use, with the columns its task decodes."""
+    inputs = stage.inputs
+    latents = (inputs.latents, ["moments", "bucket_h", "bucket_w"])
+    if stage.settings.condition_on == "class":
+        tables = {"images": (inputs.images, ["label"]), "latents": latents}
+    else:
+        tables = {"images": (inputs.images, []), "latents": latents, "text": (inputs.text, ["features"])}
+    return RowIndex(tables, Condition.parse(stage.settings.where))
+
+
+def start_network(config: NetworkConfig, parent: Path | None) -> PixArt | DiT:
+    """The network a stage begins with: fresh, its parent's weights, or re-parameterised."""
+    if parent is None:
+        return build_network(config)
+    _, network = load_network(parent)
+    if isinstance(network, DiT) and config.architecture == "pixart":
+        return reparameterize(network, config)[0]
+    started = build_network(config)
+    started.load_state_dict(network.state_dict())
+    return started
+
+
+def publish_snapshot(stage: StagePlan, weights: dict[str, torch.Tensor]) -> None:
+    """Write the snapshot beside its place, manifest last, then move it in."""
+    staging = stage.folder / ".snapshot"
+    staging.mkdir(parents=True, exist_ok=True)
+    save_snapshot(staging, stage.snapshot, weights)
+    records = tuple(FileRecord.of(p) for p in sorted(staging.iterdir()) if p.name != MANIFEST_FILE)
+    (staging / MANIFEST_FILE).unlink(missing_ok=True)
+    Manifest(SNAPSHOT_SCHEMA, stage.document, stage.inputs.digests(), records).commit_to(staging)
+    publish_folder(staging, stage.snapshot_folder)

@@ -1,0 +1,1 @@
+"""PixArt and its mathematics: PyTorch only; no Ray, MLflow or DeepSpeed."""

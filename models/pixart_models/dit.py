@@ -1,0 +1,118 @@
+"""DiT, the class-conditional transformer of stage 1 (Peebles & Xie 2023, arXiv 2212.09748).
+
+Each block owns an adaLN MLP, 27 % of all parameters, that PixArt later shares (see
+``reparameterize``).
+
+Legend: B batch, N image tokens, D width, C latent channels, H, W latent size.
+"""
+
+import torch
+from pixart_models.config import NetworkConfig
+from pixart_models.layers import (
+    Mlp,
+    PatchEmbed,
+    Positions,
+    SelfAttention,
+    TimestepEmbedder,
+    initialize_linears,
+    modulate,
+    unpatchify,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LabelEmbedder(nn.Module):
+    """Class label (B,) -> (B, D); index ``num_classes`` is the null class of guidance."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        embedded: Tensor = self.embedding_table(labels)
+        return embedded
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and MLP, modulated and gated by this block's own map of the condition."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.attn = SelfAttention(width, config.heads)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio), width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        chunks = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
+        return modulated_block(self, x, chunks)
+
+
+def modulated_block(block: DiTBlock, x: Tensor, chunks: tuple[Tensor, ...]) -> Tensor:
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
+    width = x.shape[-1:]
+    normed = functional.layer_norm(x, width, eps=1e-6)
+    x = x + gate_a * block.attn(modulate(normed, shift_a, scale_a))  # (B, N, D)
+    normed = functional.layer_norm(x, width, eps=1e-6)
+    return x + gate_m * block.mlp(modulate(normed, shift_m, scale_m))  # (B, N, D)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, then one linear map to patches."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.linear = nn.Linear(width, config.patch**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        normed = functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+        patches: Tensor = self.linear(modulate(normed, shift, scale))
+        return patches
+
+
+class DiT(nn.Module):
+    """Denoiser of latents (B, C, H, W) at timesteps (B,) in 0-1000, given labels (B,)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        assert config.architecture == "dit"
+        self.config = config
+        self.x_embedder = PatchEmbed(config.latent_channels, config.patch, config.width)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.width)
+        self.positions = Positions(config.width, config.base_grid, config.position_scale)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """adaLN-zero: every gate and the output start at zero."""
+        initialize_linears(self)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
+        for layer in (*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def condition(self, timesteps: Tensor, labels: Tensor) -> Tensor:
+        embedded: Tensor = self.t_embedder(timesteps) + self.y_embedder(labels)
+        return embedded
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Predict (B, C or 2C, H, W); labels are int64 in 0..num_classes (the last is null)."""
+        h, w = (side // self.config.patch for side in latents.shape[-2:])
+        x = self.x_embedder(latents)  # (B, N, D)
+        x = x + self.positions(h, w, x)
+        condition = self.condition(timesteps, labels)  # (B, D)
+        for block in self.blocks:
+            x = block(x, condition)  # (B, N, D)
+        return unpatchify(self.final_layer(x, condition), h, w, self.config.patch)
+
+    def null_label(self, batch: int, device: torch.device) -> Tensor:
+        return torch.full((batch,), self.config.num_classes, device=device)

@@ -1,0 +1,151 @@
+"""PixArt, the text-to-image transformer (Chen et al. 2023, arXiv 2310.00426, section 2.3).
+
+Against DiT: cross-attention to text in each block, and adaLN-single: one map of the timestep
+shared by all blocks, to which each block adds its own small table. The timestep is per sample,
+so a batch may mix any of them.
+
+Legend: B batch, N image tokens, L text tokens, D width, C latent channels, H, W latent size.
+"""
+
+import torch
+from pixart_models.config import NetworkConfig
+from pixart_models.layers import (
+    CrossAttention,
+    Mlp,
+    PatchEmbed,
+    Positions,
+    SelfAttention,
+    TimestepEmbedder,
+    initialize_linears,
+    modulate,
+    unpatchify,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class CaptionEmbedder(nn.Module):
+    """Projects text features (B, L, text_width) to (B, L, D)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.y_proj = Mlp(config.text_width, config.width, config.width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        projected: Tensor = self.y_proj(text)
+        return projected
+
+
+class SizeEmbedder(nn.Module):
+    """Numbers (B, k) -> (B, k * D/3), each through the timestep embedding of width D/3."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = TimestepEmbedder(width).mlp
+
+    def forward(self, values: Tensor) -> Tensor:
+        embedded = TimestepEmbedder.forward(self, values.flatten())  # type: ignore[arg-type]
+        return embedded.view(values.shape[0], -1)
+
+
+class PixArtBlock(nn.Module):
+    """Modulated self-attention, plain cross-attention, modulated MLP."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.attn = SelfAttention(width, config.heads)
+        self.cross_attn = CrossAttention(width, config.heads)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio), width)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, mask: Tensor | None) -> Tensor:
+        """modulation (B, 6, D): the shared map of the timestep; this block's table is added."""
+        chunks = (self.scale_shift_table + modulation).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
+        width = x.shape[-1:]
+        normed = functional.layer_norm(x, width, eps=1e-6)
+        x = x + gate_a * self.attn(modulate(normed, shift_a, scale_a))  # (B, N, D)
+        x = x + self.cross_attn(x, text, mask)  # (B, N, D)
+        normed = functional.layer_norm(x, width, eps=1e-6)
+        return x + gate_m * self.mlp(modulate(normed, shift_m, scale_m))  # (B, N, D)
+
+
+class FinalLayer(nn.Module):
+    """Norm modulated by the timestep embedding plus a table, then one linear map to patches."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.linear = nn.Linear(width, config.patch**2 * config.out_channels)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
+        normed = functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+        patches: Tensor = self.linear(modulate(normed, shift, scale))
+        return patches
+
+
+class PixArt(nn.Module):
+    """Denoiser of latents (B, C, H, W) at timesteps (B,) in 0-1000, given text features."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        assert config.architecture == "pixart"
+        self.config = config
+        width = config.width
+        self.x_embedder = PatchEmbed(config.latent_channels, config.patch, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = CaptionEmbedder(config)
+        self.positions = Positions(width, config.base_grid, config.position_scale)
+        self.blocks = nn.ModuleList(PixArtBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        if config.size_condition:
+            self.csize_embedder = SizeEmbedder(width // 3)
+            self.ar_embedder = SizeEmbedder(width // 3)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Cross-attention and the output start at zero: an untrained text path does no harm."""
+        initialize_linears(self)
+        normals = [self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]]
+        normals += [self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2]
+        if self.config.size_condition:
+            for embedder in (self.csize_embedder, self.ar_embedder):
+                normals += [embedder.mlp[0], embedder.mlp[2]]
+        for layer in normals:  # the published 0.02 is 1/sqrt(fan-in) at XL's widths, not below
+            nn.init.normal_(layer.weight, std=0.02 if layer.in_features >= 1024 else layer.in_features**-0.5)
+        for layer in (*(block.cross_attn.proj for block in self.blocks), self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        mask: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """Predict (B, C or 2C, H, W).
+
+        text (B, L, text_width); mask (B, L) bool, True where a token is real, at least one a row;
+        sizes (B, 3) original height, width in pixels and height / width, with size_condition.
+        """
+        h, w = (side // self.config.patch for side in latents.shape[-2:])
+        x = self.x_embedder(latents)  # (B, N, D)
+        x = x + self.positions(h, w, x)
+        embedded = self.t_embedder(timesteps)  # (B, D)
+        if self.config.size_condition:
+            if sizes is None:
+                raise ValueError("this network is conditioned on sizes (B, 3); none were given")
+            parts = [self.csize_embedder(sizes[:, :2]), self.ar_embedder(sizes[:, 2:])]
+            embedded = embedded + torch.cat(parts, dim=1)
+        modulation = self.t_block(embedded).view(len(x), 6, -1)  # (B, 6, D)
+        text = self.y_embedder(text)  # (B, L, D)
+        key_mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
+        for block in self.blocks:
+            x = block(x, text, modulation, key_mask)  # (B, N, D)
+        return unpatchify(self.final_layer(x, embedded), h, w, self.config.patch)

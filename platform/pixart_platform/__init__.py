@@ -1,0 +1,1 @@
+"""Everything distributed and durable: recipes, tables, training engine, runs, registry."""

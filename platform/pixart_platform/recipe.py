@@ -1,0 +1,114 @@
+"""Reading recipes: one YAML file, overrides by path, errors by place.
+
+The sections themselves are pydantic models that live beside their owners; this file knows how to
+load any of them. A recipe's *digest* names what was asked for, so equal work is found again.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pixart_platform.errors import RecipeError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+_SUFFIX = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+
+
+class Section(BaseModel):
+    """Base of every recipe section: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def parse_count(value: object) -> object:
+    """``2M`` -> 2000000; other types pass through for pydantic to judge."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", value.strip().replace("_", ""))
+        if not match:
+            raise ValueError(f"{value!r} is not a count; write 2000000, 2_000_000 or 2M (k, M, B)")
+        scaled = float(match[1]) * _SUFFIX[match[2]]
+        if scaled != int(scaled):
+            raise ValueError(f"{value!r} is not a whole number")
+        return int(scaled)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+"""A whole number that may be written with a suffix: ``50k``, ``2M``, ``1.7B``."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_recipe(path: Path, schema: type[Model], overrides: Iterable[str] = ()) -> Model:
+    """Read ``path``, apply ``a.b.c=value`` overrides, validate. Raises RecipeError."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise RecipeError(f"recipe {path}: not valid YAML{line}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {path}: must be a mapping of sections, not {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, path, schema)) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one ``a.b.c=value`` in place; the value is YAML."""
+    dotted, separator, text = override.partition("=")
+    keys = dotted.split(".")
+    if not separator or not all(keys):
+        raise RecipeError(f"--set {override}: write it as path.to.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML") from error
+    node = raw
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {key} is a value, not a section")
+        node = child
+    node[keys[-1]] = value
+
+
+def _explain(error: ValidationError, path: Path, schema: type[BaseModel]) -> str:
+    """One line for each fault: place, value, what would be right."""
+    lines = []
+    for fault in error.errors():
+        place = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(fault["loc"][-1]), _keys(schema), n=1)
+            message = "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+            lines.append(f"recipe {path}: {place}: {message}")
+        elif fault["type"] == "missing":
+            lines.append(f"recipe {path}: {place}: is required")
+        else:
+            lines.append(f"recipe {path}: {place} = {fault['input']!r}: {message}")
+    return "\n".join(lines)
+
+
+def _keys(schema: type[BaseModel]) -> set[str]:
+    """Every key of a schema and the sections below it, for suggestions."""
+    found: set[str] = set()
+    for definition in [schema.model_json_schema(), *schema.model_json_schema().get("$defs", {}).values()]:
+        found |= set(definition.get("properties", {}))
+    return found
+
+
+def digest_of(document: Mapping[str, Any]) -> str:
+    """16 hex digits naming a JSON-like document, whatever the order of its keys."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

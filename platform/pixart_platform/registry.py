@@ -1,0 +1,115 @@
+"""The model registry: every stage's snapshot is a version; aliases say which one counts.
+
+A version points at a snapshot folder and carries its digest, so whoever loads it can tell that
+the bytes are the ones that were registered. Weights never pass through MLflow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixart_platform.errors import ManifestError, RegistryError
+from pixart_platform.manifest import load_manifest, verify_folder
+from pixart_platform.tracking import quiet_mlflow
+
+DIGEST_TAG = "digest"
+
+
+@dataclass(frozen=True)
+class Version:
+    """An immutable registered snapshot."""
+
+    name: str
+    number: int
+    folder: Path
+    tags: dict[str, str]
+
+    def verify(self) -> None:
+        """Check every byte against the registered digest. Raises RegistryError."""
+        try:
+            manifest = verify_folder(self.folder)
+        except ManifestError as error:
+            raise RegistryError(f"{self.name} version {self.number}: {error}") from error
+        if manifest.digest != self.tags.get(DIGEST_TAG):
+            raise RegistryError(
+                f"{self.name} version {self.number}: {self.folder} has digest {manifest.digest}, "
+                f"registered was {self.tags.get(DIGEST_TAG)}; restore the snapshot"
+            )
+
+
+class Registry:
+    """The versions of one model family."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        quiet_mlflow()
+        from mlflow import MlflowClient
+
+        self.uri, self.name = uri, name
+        self._client = MlflowClient(uri)
+
+    def register(self, folder: Path, run_id: str, tags: Mapping[str, str]) -> Version:
+        """Register a snapshot; the same bytes from the same run are one version, however often."""
+        from mlflow.exceptions import MlflowException
+
+        digest = load_manifest(folder).digest
+        try:
+            self._client.create_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        for version in self.versions():
+            if version.tags.get(DIGEST_TAG) == digest and version.folder == folder:
+                return version
+        made = self._client.create_model_version(
+            self.name, folder.as_uri(), run_id=run_id, tags={**tags, DIGEST_TAG: digest}
+        )
+        return self.get(str(made.version))
+
+    def versions(self) -> list[Version]:
+        """All versions, oldest first."""
+        found = self._client.search_model_versions(f"name = '{self.name}'")
+        return sorted((_version(v) for v in found), key=lambda v: v.number)
+
+    def get(self, reference: str) -> Version:
+        """The version behind a number or alias. Raises RegistryError, naming what there is."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if reference.isdecimal():
+                return _version(self._client.get_model_version(self.name, reference))
+            return _version(self._client.get_model_version_by_alias(self.name, reference))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise RegistryError(
+                f"model {self.name!r} has no version or alias {reference!r}; it has "
+                f"{self._known() or 'nothing registered yet'}"
+            ) from error
+
+    def aliases(self) -> dict[str, int]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            model = self._client.get_registered_model(self.name)
+        except MlflowException:
+            return {}
+        return {alias: int(number) for alias, number in model.aliases.items()}
+
+    def _known(self) -> str:
+        aliases = [f"{a} (version {n})" for a, n in sorted(self.aliases().items())]
+        return ", ".join([*aliases, *(f"version {v.number}" for v in self.versions()[-5:])])
+
+    def set_alias(self, alias: str, version: Version) -> None:
+        self._client.set_registered_model_alias(self.name, alias, str(version.number))
+
+    def tag(self, version: Version, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._client.set_model_version_tag(self.name, str(version.number), key, value)
+
+
+def _version(raw: object) -> Version:
+    from mlflow.entities.model_registry import ModelVersion
+
+    assert isinstance(raw, ModelVersion)
+    folder = Path(str(raw.source).removeprefix("file://"))
+    return Version(raw.name, int(raw.version), folder, dict(raw.tags))

@@ -1,0 +1,1 @@
+"""The drawing service: Ray Serve, HTTP and the step-level drawing engine."""
