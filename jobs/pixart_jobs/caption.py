@@ -21,7 +21,8 @@ SCHEMA = "captions/1"
 
 def plan(recipe: Recipe, root: Path, images: Table) -> TableWriter:
     """The writer of this recipe's caption table."""
-    settings = recipe.caption.model_dump(mode="json", include={"captioner", "prompt", "max_new_tokens"})
+    settings = recipe.caption.model_dump(mode="json", include={"prompt", "max_new_tokens"})
+    settings |= {"captioner": recipe.captioner}
     return TableWriter.under(root, "captions", SCHEMA, settings, {"images": images.digest})
 
 
@@ -37,7 +38,7 @@ def run(recipe: Recipe, images: Table, writer: TableWriter) -> Progress:
         read=read,
         transform=_Caption,
         transform_kwargs={
-            "source": settings.captioner,
+            "source": recipe.captioner,
             "prompt": settings.prompt,
             "max_new_tokens": settings.max_new_tokens,
             "batch_images": settings.batch_images,

@@ -65,10 +65,25 @@ def score(wanted: list[Reading], seen: list[Reading | None]) -> dict[str, float]
     return found
 
 
-def run(
-    recipe: Recipe, snapshot: Path, root: Path, on_progress: Callable[[int], None]
-) -> Evaluation:
-    """Evaluate a snapshot on the digits suite; an evaluation already made is read back."""
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation named by the digest of everything that decides its figures."""
+
+    folder: Path
+    snapshot: Path
+    settings: dict[str, Any]
+
+    @property
+    def result_path(self) -> Path:
+        return self.folder / "result.json"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.result_path.is_file()
+
+
+def plan(recipe: Recipe, snapshot: Path, root: Path) -> EvaluationPlan:
+    """The digits suite on a snapshot."""
     settings = {
         "suite": "digits/1",
         "snapshot": load_manifest(snapshot).digest,
@@ -76,22 +91,29 @@ def run(
         "num_prompts": recipe.evaluate.num_prompts,
         "seed": recipe.seed,
     }
-    folder = root / f"evaluation-{digest_of(settings)[:8]}"
-    result = folder / "result.json"
+    return EvaluationPlan(root / f"digits-{digest_of(settings)[:8]}", snapshot, settings)
+
+
+def run(recipe: Recipe, plan: EvaluationPlan, on_progress: Callable[[int], None]) -> None:
+    """Draw, read and score; the result is written last."""
     wanted = held_out_prompts(recipe.evaluate.num_prompts, recipe.seed)
-    prompts = tuple(describe(reading) for reading in wanted)
-    if not result.is_file():
-        rows = _draw_and_read(recipe, snapshot, prompts, on_progress)
-        seen = [_parse(row["reading"]) for row in rows]
-        metrics = score(wanted, seen) | {"reader_accuracy": measure_reader(recipe.seed)}
-        _write_sheet(folder / "sheet.png", [row["png"] for row in rows])
-        write_atomic(result, json.dumps(settings | {"metrics": metrics}, indent=1).encode())
-    metrics = json.loads(result.read_text())["metrics"]
-    return Evaluation(metrics, prompts, folder / "sheet.png")
+    prompts = [describe(reading) for reading in wanted]
+    rows = _draw_and_read(recipe, plan.snapshot, prompts, on_progress)
+    seen = [_parse(row["reading"]) for row in rows]
+    metrics = score(wanted, seen) | {"reader_accuracy": measure_reader(recipe.seed)}
+    _write_sheet(plan.folder / "sheet.png", [row["png"] for row in rows])
+    document = plan.settings | {"metrics": metrics, "prompts": prompts}
+    write_atomic(plan.result_path, json.dumps(document, indent=1).encode())
+
+
+def load(plan: EvaluationPlan) -> Evaluation:
+    """A finished evaluation, read back."""
+    document = json.loads(plan.result_path.read_text())
+    return Evaluation(document["metrics"], tuple(document["prompts"]), plan.folder / "sheet.png")
 
 
 def _draw_and_read(
-    recipe: Recipe, snapshot: Path, prompts: tuple[str, ...], on_progress: Callable[[int], None]
+    recipe: Recipe, snapshot: Path, prompts: list[str], on_progress: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """One row a prompt, in order: what the reader saw, and the picture as PNG."""
     context = DataContext.get_current()
@@ -100,7 +122,7 @@ def _draw_and_read(
     size = recipe.evaluate.batch_images
     starts = range(0, len(prompts), size)
     items = [
-        {"start": s, "prompts": list(prompts[s : s + size])} for s in starts
+        {"start": s, "prompts": prompts[s : s + size]} for s in starts
     ]  # one block each: a batch is the unit of work
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _DrawAndRead,

@@ -30,7 +30,8 @@ class DataSettings(Section):
     """Where images come from, and which are refused."""
 
     source: Annotated[str, AfterValidator(_check_source)] = "digits"
-    """``digits``, or ``folder:PATH`` (images at any depth, captions in ``NAME.txt``)."""
+    """``digits``, or ``folder:PATH``: images at any depth, raw captions in ``NAME.txt`` beside them
+    or else the words of the file's name."""
     num_scenes: Count = Field(8192, ge=1, le=10**8)
     """Scenes to compose; ``digits`` only."""
     partition_rows: Count = Field(512, ge=1, le=10**6)
@@ -45,8 +46,9 @@ class DataSettings(Section):
 class CaptionSettings(Section):
     """Who writes the dense captions."""
 
-    captioner: str = "builtin:digits"
-    """``builtin:digits``, or a transformers image-text model: local folder or hub id."""
+    captioner: str = "auto"
+    """``builtin:digits``; ``builtin:raw`` (keep the raw captions); a transformers image-text model
+    by local folder or hub id; or ``auto``: the digits reader for the sample scenes, else raw."""
     prompt: str = "Describe this image and its style in a very detailed manner"
     """What a vision-language captioner is asked; the default is the paper's."""
     max_new_tokens: int = Field(256, ge=1, le=4096)
@@ -148,6 +150,13 @@ class Recipe(Section):
     draw: DrawSettings = DrawSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     accounting: AccountingSettings = AccountingSettings()
+
+    @property
+    def captioner(self) -> str:
+        """The captioner, with ``auto`` resolved."""
+        if self.caption.captioner != "auto":
+            return self.caption.captioner
+        return "builtin:digits" if self.data.source == "digits" else "builtin:raw"
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

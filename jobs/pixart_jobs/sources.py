@@ -5,6 +5,7 @@ raw items of partition k are. It decodes nothing; ``ingest`` does, and nothing i
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -69,7 +70,10 @@ class DigitScenes:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images at any depth of a folder, sorted by path; ``NAME.txt`` beside one is its caption."""
+    """Images at any depth of a folder, sorted by path.
+
+    ``NAME.txt`` beside one is its raw caption, else the words of its name.
+    """
 
     paths: tuple[str, ...]
     folder: str
@@ -114,7 +118,7 @@ class ImageFolder:
         try:
             caption = caption_path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
-            caption = ""
+            caption = " ".join(re.findall(r"[^\W_]+", path.stem))
         except (OSError, UnicodeDecodeError) as error:
             return RawItem(name, data, problem=f"unreadable caption {caption_path.name} ({error})")
         return RawItem(name, data, caption)

@@ -17,6 +17,7 @@ from pixart_models.digits import DigitReader, UnreadableImage, describe
 from pixart_models.text import ModelNotFound
 
 BUILTIN = "builtin:digits"
+RAW = "builtin:raw"
 PROMPT_WITH_CAPTION = 'Given the caption of this image "{caption}", {request}'
 
 
@@ -58,6 +59,18 @@ class DigitCaptioner:
             except UnreadableImage as error:
                 captions.append(Caption(problem=str(error)))
         return captions
+
+
+class RawCaptioner:
+    """Keeps the raw caption; for images that came with good ones, and as a baseline."""
+
+    name = RAW
+    revision = "1"
+
+    def caption(
+        self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]
+    ) -> list[Caption]:
+        return [Caption(raw) if raw else Caption(problem="no raw caption") for raw in raw_captions]
 
 
 class VisionLanguageCaptioner:
@@ -122,10 +135,12 @@ class VisionLanguageCaptioner:
 def load_captioner(
     source: str, *, prompt: str, max_new_tokens: int, device: str = "cpu"
 ) -> Captioner:
-    """``builtin:digits``, or a local folder or hub id of a vision-language model.
+    """``builtin:digits``, ``builtin:raw``, or a vision-language model by local folder or hub id.
 
     Raises ModelNotFound.
     """
     if source == BUILTIN:
         return DigitCaptioner()
+    if source == RAW:
+        return RawCaptioner()
     return VisionLanguageCaptioner(source, prompt, max_new_tokens, device)

@@ -1,0 +1,159 @@
+"""The ``pixart`` command. User errors print one line and exit with code 2, without a traceback."""
+
+import signal
+import sys
+import threading
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pixart_cluster.local import quiet_environment
+
+cli = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Images to a served text-to-image model, the PixArt-alpha way, on Ray.",
+)  # fmt: skip
+
+RecipeArgument = Annotated[str, typer.Argument(help="A built-in recipe's name, or a .yaml file.")]
+RootOption = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: path.to.key=value.")
+]
+
+
+def _root_of(root: Path | None, name: str) -> Path:
+    return (root or Path("runs") / name).absolute()
+
+
+@cli.command()
+def demo(
+    recipe: RecipeArgument = "digits",
+    root: RootOption = None,
+    set_: SetOption = None,
+    baseline: Annotated[
+        bool, typer.Option(help="Also train with the paper's objective, and compare.")
+    ] = False,
+    keep: Annotated[bool, typer.Option(help="Leave the service up until Ctrl-C.")] = False,
+) -> None:
+    """Run the whole way on this machine: images to a served picture, with a report."""
+    from pixart_cluster import demo as whole
+    from pixart_cluster.console import ConsoleMonitor
+    from pixart_cluster.recipe import read_recipe
+
+    settings = read_recipe(recipe, set_ or ())
+    folder = _root_of(root, "demo")
+    monitor = ConsoleMonitor()
+
+    def wait(url: str) -> None:
+        monitor.console.print(f"serving on {url} - Ctrl-C to stop")
+        _wait_for_interrupt()
+
+    summary = whole.demo(
+        settings, folder, monitor, with_baseline=baseline, wait=wait if keep else None
+    )
+    for key, value in summary.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        monitor.console.print(f"  {key:<28} {text}", markup=False)
+    monitor.console.print(f"report: {folder / 'report.html'}", markup=False)
+    monitor.console.print(f"next:\n{whole.next_steps(folder, settings)}", markup=False)
+
+
+@cli.command()
+def run(
+    recipe: RecipeArgument = "digits",
+    root: RootOption = None,
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and exit.")] = False,
+) -> None:
+    """Run a recipe's pipeline: images to an evaluated, registered model."""
+    from pixart_cluster.recipe import read_recipe
+
+    settings = read_recipe(recipe, set_ or ())
+    if dry_run:
+        typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        return
+    from pixart_cluster import demo as whole
+    from pixart_cluster.console import ConsoleMonitor
+
+    monitor = ConsoleMonitor()
+    folder = _root_of(root, settings.name)
+    result = whole.run(settings, folder, monitor)
+    monitor.console.print(f"{result.recipe.name} version {result.version.number}")
+    monitor.console.print(f"report: {folder / 'report.html'}", markup=False)
+
+
+@cli.command()
+def serve(
+    recipe: RecipeArgument = "digits", root: RootOption = None, set_: SetOption = None
+) -> None:
+    """Serve the model a run has registered, following its alias, until Ctrl-C."""
+    from pixart_cluster.local import local_ray
+    from pixart_cluster.recipe import read_recipe
+    from pixart_platform.errors import StorageError
+    from pixart_platform.tracking import sqlite_uri
+    from pixart_serve import app
+
+    settings = read_recipe(recipe, set_ or ())
+    folder = _root_of(root, "demo")
+    if not (folder / "mlflow.db").is_file():
+        raise StorageError(f"--root {folder}: no run here (no mlflow.db); make one with pixart run")
+    app.check_port(settings.serve)
+    with local_ray(folder / "logs"):
+        url = app.start(
+            settings.serve, registry_uri=sqlite_uri(folder), model_name=settings.name,
+            default_steps=settings.draw.num_steps, default_guidance=settings.draw.guidance,
+        )  # fmt: skip
+        try:
+            typer.echo(f"serving {settings.name}@{settings.serve.alias} on {url} - Ctrl-C to stop")
+            _wait_for_interrupt()
+        finally:
+            app.stop()
+
+
+@cli.command(name="version")
+def show_version() -> None:
+    """Print the version."""
+    typer.echo(version("pixart-ray"))
+
+
+def _wait_for_interrupt() -> None:
+    """Block until SIGINT or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    while not stopped.wait(0.5):
+        pass
+
+
+def _user_error(error: BaseException) -> str | None:
+    """The message of an error a user can mend, also when Ray has wrapped it; None for others."""
+    from pixart_models.errors import ModelInputError
+    from pixart_platform.errors import PixartError
+
+    seen: set[int] = set()
+    cause: Any = error
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, PixartError | ModelInputError):
+            return str(cause.args[0] if cause.args else cause)
+        seen.add(id(cause))
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return None
+
+
+def main() -> None:
+    """Entry point of the ``pixart`` script."""
+    quiet_environment()
+    try:
+        cli()
+    except Exception as error:  # the process boundary: everything else keeps its traceback
+        message = _user_error(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The recipe as the command line reads it: a pipeline's, with how its model is served."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pixart_jobs.recipe import RECIPES, Recipe
+from pixart_platform.errors import RecipeError
+from pixart_platform.recipe import load_recipe
+from pixart_serve.settings import ServeSettings
+
+
+class FullRecipe(Recipe):
+    """Everything from images to the service."""
+
+    serve: ServeSettings = ServeSettings()
+
+
+def read_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> FullRecipe:
+    """Load a built-in recipe by name, or a file. Raises RecipeError."""
+    path = Path(name_or_path)
+    if not path.suffix:
+        path = RECIPES / f"{name_or_path}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+            raise RecipeError(
+                f"recipe {name_or_path!r} is not built in (there is: {known}); give a .yaml file"
+            )
+    return load_recipe(path, FullRecipe, overrides)
