@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pixart_jobs.recipe import Recipe
 from pixart_jobs.sources import RawItem, open_source
 from pixart_platform.partitions import Sink, run_partitions
@@ -118,7 +118,7 @@ def decode_image(data: bytes, min_side: int = 1, max_pixels: int = 10**9) -> NDA
             return np.asarray(upright.convert("RGB"))
     except Image.DecompressionBombError as error:
         raise ValueError(f"decompression bomb ({error})") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ValueError("not an image Pillow can read") from error
     except (OSError, SyntaxError, EOFError, OverflowError) as error:
         raise ValueError(f"broken image ({error})") from error

@@ -101,7 +101,7 @@ def _served(result: Result, image: Path | None) -> str:
 def _captions(result: Result) -> str:
     images = result.tables["images"].read(0, ["bytes", "status", "raw_caption"]).to_pylist()
     captions = result.tables["captions"].read(0, ["caption"])["caption"].to_pylist()
-    rows = []
+    rows: list[str] = []
     for item, caption in zip(images, captions, strict=True):
         if item["status"] == OK and len(rows) < _CAPTION_SAMPLES:
             thumbnail = Image.open(io.BytesIO(item["bytes"])).convert("RGB")

@@ -15,16 +15,21 @@ import io
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pixart_models.digits import COLORS, DIGIT_NAMES, Reading, describe, load_scans
+from pixart_models.digits import (
+    COLORS,
+    DIGIT_NAMES,
+    RELATIONS,
+    Reading,
+    describe,
+    load_scans,
+)
 
 Split = Literal["train", "test"]
-Relation = Literal["left of", "above"]
-RELATIONS: tuple[Relation, ...] = ("left of", "above")
 
 SCENE_SIZE = 48  # pixels a side
 PAIR_SHARE = 0.5  # of scenes with two digits
@@ -72,7 +77,7 @@ def sample_reading(rng: np.random.Generator, *, held_out: bool) -> Reading:
         reading = Reading(
             digits=tuple(int(d) for d in rng.integers(0, 10, count)),
             colors=tuple(str(c) for c in rng.choice(list(COLORS), count)),
-            relation=cast(Relation, str(rng.choice(RELATIONS))) if pair else None,
+            relation=RELATIONS[rng.integers(len(RELATIONS))] if pair else None,
         )
         if is_held_out(reading) == held_out:
             return reading

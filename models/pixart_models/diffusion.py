@@ -22,8 +22,11 @@ ObjectiveName = Literal["flow", "iddpm"]
 class Objective(Protocol):
     """A noising process with its loss. ``uniform`` (B,) in (0, 1) decides the timesteps."""
 
-    name: ObjectiveName
-    predicts_variance: bool
+    @property
+    def name(self) -> ObjectiveName: ...
+
+    @property
+    def predicts_variance(self) -> bool: ...
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """(B,) floats in 0-1000 as the network is told them."""

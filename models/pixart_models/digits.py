@@ -30,13 +30,17 @@ _FEATURE_SIDE = 10  # pixels; a crop is scaled to this before it is classified
 _PAIR_EXTENT = 0.63  # of the picture: no single digit of the set is drawn wider or taller
 
 
+Relation = Literal["left of", "above"]
+RELATIONS: tuple[Relation, ...] = ("left of", "above")
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a scene shows, in reading order (left to right, or top to bottom)."""
 
     digits: tuple[int, ...]
     colors: tuple[str, ...]
-    relation: Literal["left of", "above"] | None = None
+    relation: Relation | None = None
 
 
 class UnreadableImage(ValueError):
@@ -63,8 +67,8 @@ def load_scans(split: Literal["train", "test"]) -> tuple[NDArray[np.float32], ND
     data: Any = load_digits()
     is_test = np.arange(len(data.target)) % 3 == 2
     chosen = is_test if split == "test" else ~is_test
-    scans = (data.images[chosen] / 16).astype(np.float32)
-    return scans, data.target[chosen].astype(np.int64)
+    scans = np.asarray(data.images[chosen] / 16, np.float32)
+    return scans, np.asarray(data.target[chosen], np.int64)
 
 
 def _ink(image: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -72,7 +76,9 @@ def _ink(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     peak = image.max(axis=-1).astype(np.float32)
     border = np.concatenate([peak[0], peak[-1], peak[:, 0], peak[:, -1]])
     ground = float(np.median(border))
-    return np.clip((peak - ground) / max(float(np.quantile(peak, 0.99)) - ground, 60.0), 0, 1)
+    reach = max(float(np.quantile(peak, 0.99)) - ground, 60.0)
+    ink: NDArray[np.float32] = np.clip((peak - ground) / reach, 0, 1).astype(np.float32)
+    return ink
 
 
 def _extent(profile: NDArray[np.float32], threshold: float) -> tuple[int, int]:
@@ -85,9 +91,6 @@ def _extent(profile: NDArray[np.float32], threshold: float) -> tuple[int, int]:
 
 def _box(ink: NDArray[np.float32]) -> tuple[slice, slice]:
     """Bounding box of the strokes: two bright pixels in a row or column make it part of one."""
-    strong = np.sort(np.where(ink > 0.4, ink, 0), axis=None)
-    if strong[-1] == 0:
-        raise UnreadableImage("no digit found: the picture has no bright strokes")
     rows = np.sort(ink, axis=1)[:, -2:].mean(axis=1)
     columns = np.sort(ink, axis=0)[-2:].mean(axis=0)
     return slice(*_extent(rows, 0.4)), slice(*_extent(columns, 0.4))
@@ -103,7 +106,8 @@ def _features(ink: NDArray[np.float32]) -> NDArray[np.float32]:
     small = Image.fromarray((square * 255).astype(np.uint8)).resize(
         (_FEATURE_SIDE, _FEATURE_SIDE), Image.Resampling.BOX if side > 12 else Image.Resampling.BILINEAR
     )
-    return np.asarray(small, np.float32).reshape(-1) / 255
+    features: NDArray[np.float32] = np.asarray(small, np.float32).reshape(-1) / np.float32(255)
+    return features
 
 
 def _name_color(image: NDArray[np.uint8], ink: NDArray[np.float32]) -> str:
@@ -151,7 +155,7 @@ class DigitReader:
     def read_many(self, images: Sequence[NDArray[np.uint8]]) -> list[Reading]:
         """Read pictures of any sizes; raises UnreadableImage for one that shows no digit."""
         parts: list[list[tuple[NDArray[np.uint8], NDArray[np.float32]]]] = []
-        relations: list[Literal["left of", "above"] | None] = []
+        relations: list[Relation | None] = []
         for image in images:
             pieces, relation = _find_digits(image)
             parts.append(pieces)
@@ -170,9 +174,7 @@ class DigitReader:
 
 def _find_digits(
     image: NDArray[np.uint8],
-) -> tuple[
-    list[tuple[NDArray[np.uint8], NDArray[np.float32]]], Literal["left of", "above"] | None
-]:
+) -> tuple[list[tuple[NDArray[np.uint8], NDArray[np.float32]]], Relation | None]:
     """Cut a picture into one or two (picture, ink) pieces and name their relation."""
     ink = _ink(image)
     rows, columns = _box(ink)

@@ -15,6 +15,7 @@ from pixart_models.layers import (
     SelfAttention,
     TimestepEmbedder,
     initialize_linears,
+    linear_at,
     modulate,
     unpatchify,
 )
@@ -46,16 +47,14 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         chunks = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
-        return modulated_block(self, x, chunks)
-
-
-def modulated_block(block: DiTBlock, x: Tensor, chunks: tuple[Tensor, ...]) -> Tensor:
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
-    width = x.shape[-1:]
-    normed = functional.layer_norm(x, width, eps=1e-6)
-    x = x + gate_a * block.attn(modulate(normed, shift_a, scale_a))  # (B, N, D)
-    normed = functional.layer_norm(x, width, eps=1e-6)
-    return x + gate_m * block.mlp(modulate(normed, shift_m, scale_m))  # (B, N, D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
+        width = x.shape[-1:]
+        normed = functional.layer_norm(x, width, eps=1e-6)
+        x = x + gate_a * self.attn(modulate(normed, shift_a, scale_a))  # (B, N, D)
+        normed = functional.layer_norm(x, width, eps=1e-6)
+        mixed: Tensor = self.mlp(modulate(normed, shift_m, scale_m))
+        x = x + gate_m * mixed  # (B, N, D)
+        return x
 
 
 class FinalLayer(nn.Module):
@@ -85,18 +84,19 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
         self.positions = Positions(config.width, config.base_grid, config.position_scale)
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        blocks = [DiTBlock(config) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(config)
-        self.initialize()
+        self._initialize(blocks)
 
-    def initialize(self) -> None:
+    def _initialize(self, blocks: list[DiTBlock]) -> None:
         """adaLN-zero: every gate and the output start at zero."""
         initialize_linears(self)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
-        for layer in (*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        for i in (0, 2):
+            nn.init.normal_(linear_at(self.t_embedder.mlp, i).weight, std=0.02)
+        modulated = [*(block.adaLN_modulation for block in blocks), self.final_layer.adaLN_modulation]
+        for layer in (*(linear_at(m, 1) for m in modulated), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

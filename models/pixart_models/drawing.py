@@ -115,7 +115,8 @@ def draw_classes(
 
     def predict_at(x: Tensor, timesteps: Tensor) -> Tensor:
         output = network(x.repeat(2, 1, 1, 1), timesteps.repeat(2), classes)[:, : x.shape[1]]
-        return guide(*output.chunk(2), scale)
+        conditional, unconditional = output.chunk(2)
+        return guide(conditional, unconditional, scale)
 
     x = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(device)
     return autoencoder.decode(solve(predict_at, x, objective, steps))
@@ -137,8 +138,8 @@ def predict(
     text, mask = pad_features([*features, *(negatives[i] for i in guided.tolist())])
     latents = torch.cat([x, x[guided]])
     times = torch.cat([timesteps, timesteps[guided]])
-    output = network(latents, times, text.to(x.dtype), mask)[:, : x.shape[1]]
-    conditional, unconditional = output.split([len(x), len(guided)])
+    output: Tensor = network(latents, times, text.to(x.dtype), mask)[:, : x.shape[1]]
+    conditional, unconditional = output[: len(x)], output[len(x) :]
     if len(guided) == 0:
         return conditional
     mixed = conditional.clone()

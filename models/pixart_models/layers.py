@@ -33,9 +33,16 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        features = embed_timesteps(timesteps).to(self.mlp[0].weight.dtype)
+        features = embed_timesteps(timesteps).to(linear_at(self.mlp, 0).weight.dtype)
         embedded: Tensor = self.mlp(features)
         return embedded
+
+
+def linear_at(layers: nn.Sequential, index: int) -> nn.Linear:
+    """The linear layer at ``index`` of a sequence."""
+    layer = layers[index]
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pixart_models.layers import (
     SelfAttention,
     TimestepEmbedder,
     initialize_linears,
+    linear_at,
     modulate,
     unpatchify,
 )
@@ -36,16 +37,11 @@ class CaptionEmbedder(nn.Module):
         return projected
 
 
-class SizeEmbedder(nn.Module):
-    """Numbers (B, k) -> (B, k * D/3), each through the timestep embedding of width D/3."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = TimestepEmbedder(width).mlp
+class SizeEmbedder(TimestepEmbedder):
+    """Numbers (B, k) -> (B, k * D/3), each embedded as a timestep is, at width D/3."""
 
     def forward(self, values: Tensor) -> Tensor:
-        embedded = TimestepEmbedder.forward(self, values.flatten())  # type: ignore[arg-type]
-        return embedded.view(values.shape[0], -1)
+        return super().forward(values.flatten()).view(values.shape[0], -1)
 
 
 class PixArtBlock(nn.Module):
@@ -68,7 +64,8 @@ class PixArtBlock(nn.Module):
         x = x + gate_a * self.attn(modulate(normed, shift_a, scale_a))  # (B, N, D)
         x = x + self.cross_attn(x, text, mask)  # (B, N, D)
         normed = functional.layer_norm(x, width, eps=1e-6)
-        return x + gate_m * self.mlp(modulate(normed, shift_m, scale_m))  # (B, N, D)
+        mixed: Tensor = self.mlp(modulate(normed, shift_m, scale_m))
+        return x + gate_m * mixed  # (B, N, D)
 
 
 class FinalLayer(nn.Module):
@@ -100,24 +97,27 @@ class PixArt(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(config)
         self.positions = Positions(width, config.base_grid, config.position_scale)
-        self.blocks = nn.ModuleList(PixArtBlock(config) for _ in range(config.depth))
+        blocks = [PixArtBlock(config) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(config)
         if config.size_condition:
             self.csize_embedder = SizeEmbedder(width // 3)
             self.ar_embedder = SizeEmbedder(width // 3)
-        self.initialize()
+        self._initialize(blocks)
 
-    def initialize(self) -> None:
+    def _initialize(self, blocks: list[PixArtBlock]) -> None:
         """Cross-attention and the output start at zero: an untrained text path does no harm."""
         initialize_linears(self)
-        normals = [self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]]
-        normals += [self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2]
+        mlps = [self.t_embedder.mlp]
         if self.config.size_condition:
-            for embedder in (self.csize_embedder, self.ar_embedder):
-                normals += [embedder.mlp[0], embedder.mlp[2]]
-        for layer in normals:  # the published 0.02 is 1/sqrt(fan-in) at XL's widths, not below
-            nn.init.normal_(layer.weight, std=0.02 if layer.in_features >= 1024 else layer.in_features**-0.5)
-        for layer in (*(block.cross_attn.proj for block in self.blocks), self.final_layer.linear):
+            mlps += [self.csize_embedder.mlp, self.ar_embedder.mlp]
+        normals = [linear_at(mlp, i) for mlp in mlps for i in (0, 2)]
+        normals += [linear_at(self.t_block, 1), self.y_embedder.y_proj.fc1]
+        for layer in (*normals, self.y_embedder.y_proj.fc2):
+            # The published 0.02 is about 1/sqrt(fan-in) at XL's widths; narrow networks need that.
+            fan_in = layer.in_features
+            nn.init.normal_(layer.weight, std=0.02 if fan_in >= 1024 else fan_in**-0.5)
+        for layer in (*(block.cross_attn.proj for block in blocks), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from pixart_models.config import ConfigError, NetworkConfig
-from pixart_models.dit import DiT
+from pixart_models.dit import DiT, DiTBlock
+from pixart_models.layers import linear_at
 from pixart_models.pixart import PixArt
 
 MATCH_TIMESTEP = 500.0
@@ -59,14 +60,15 @@ def reparameterize(dit: DiT, target: NetworkConfig) -> tuple[PixArt, Report]:
     device = next(dit.parameters()).device
     null = dit.y_embedder(dit.null_label(1, device))[0]
     state["t_embedder.mlp.2.bias"].add_(null)
-    maps = [block.adaLN_modulation[1] for block in dit.blocks]
+    modulations = [b.adaLN_modulation for b in dit.blocks if isinstance(b, DiTBlock)]
+    maps = [linear_at(modulation, 1) for modulation in modulations]
     state["t_block.1.weight"].copy_(torch.stack([m.weight for m in maps]).mean(0))
     state["t_block.1.bias"].copy_(torch.stack([m.bias for m in maps]).mean(0))
 
     embedded = pixart.t_embedder(torch.tensor([MATCH_TIMESTEP], device=device))  # (1, D)
     shared = pixart.t_block(embedded).view(6, -1)
-    for i, block in enumerate(dit.blocks):
-        own = block.adaLN_modulation(embedded).view(6, -1)
+    for i, modulation in enumerate(modulations):
+        own = modulation(embedded).view(6, -1)
         state[f"blocks.{i}.scale_shift_table"].copy_(own - shared)
     final = dit.final_layer.adaLN_modulation(embedded).view(2, -1)
     state["final_layer.scale_shift_table"].copy_(final - embedded)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pixart_models.digits import COLORS, DIGIT_NAMES, Reading, describe
+from pixart_models.digits import COLORS, DIGIT_NAMES, RELATIONS, Reading, describe
 from pixart_models.errors import ModelInputError
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def _corpus() -> list[str]:
     singles = [describe(Reading((d,), (c,))) for d, c in product(range(10), COLORS)]
     pairs = [
         describe(Reading((d, 9 - d), (c, "red"), relation))
-        for d, c, relation in product(range(10), COLORS, ("left of", "above"))
+        for d, c, relation in product(range(10), COLORS, RELATIONS)
     ]
     return [*singles, *pairs, " ".join(DIGIT_NAMES), "a picture of the number and digit scan"]
 

@@ -6,6 +6,7 @@ started again goes on in its own run with one unbroken curve.
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,8 @@ class Tracker:
     def log_metrics(self, metrics: Mapping[str, float], images_seen: int) -> None:
         """Log values at ``images_seen``, the step of every curve."""
         from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
 
-        now = get_current_time_millis()
+        now = int(time.time() * 1000)
         entities = [Metric(k, float(v), now, images_seen) for k, v in metrics.items()]
         self._client.log_batch(self.run_id, metrics=entities)
 

@@ -1,7 +1,8 @@
 """What a recipe says about serving."""
 
-from pixart_platform.recipe import Section
 from pydantic import Field
+
+from pixart_platform.recipe import Section
 
 
 class ServeSettings(Section):
@@ -23,3 +24,6 @@ class ServeSettings(Section):
     max_steps: int = Field(100, ge=1, le=1000)
     max_prompt_bytes: int = Field(4000, ge=1, le=100_000)
     num_gpus: float = Field(0, ge=0, le=8)
+    """GPUs (or a share of one) for each replica; 0 draws on the CPU."""
+    stall_seconds: float = Field(60.0, gt=0, le=3600)
+    """A denoising step that takes longer makes its replica unhealthy, and Serve replaces it."""

@@ -1,0 +1,105 @@
+"""Starting and stopping the drawing service on a Ray that is already there.
+
+What a user can get wrong is found out here, before any replica exists: a port that is taken, an
+alias nobody set. What goes wrong in a replica comes back as one line too.
+"""
+
+import errno
+import socket
+import time
+import urllib.error
+import urllib.request
+
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from pixart_platform.errors import PixartError
+from pixart_platform.registry import Registry
+from pixart_serve.replica import build_application
+from pixart_serve.settings import ServeSettings
+
+APPLICATION = "pixart"
+_ANSWER_SECONDS = 30.0
+
+
+class ServiceError(PixartError):
+    """A drawing service that could not be started."""
+
+
+def start(
+    settings: ServeSettings,
+    *,
+    registry_uri: str,
+    model_name: str,
+    default_steps: int,
+    default_guidance: float,
+) -> str:
+    """Serve what the alias names and return the base URL once it answers.
+
+    Ray must be initialised. Raises RegistryError for an unknown alias, ServiceError for a busy
+    port or a version that no replica can load; nothing is left running then.
+    """
+    _check_port(settings.host, settings.port)
+    Registry(registry_uri, model_name).get(settings.alias)
+    application = build_application(
+        settings, registry_uri, model_name, default_steps, default_guidance
+    )
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    try:
+        serve.start(
+            http_options={"host": settings.host, "port": settings.port}, logging_config=quiet
+        )
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        url = f"http://{host}:{settings.port}"
+        _wait_for_answer(url)
+    except (RuntimeError, TimeoutError) as error:
+        stop()
+        raise ServiceError(f"the drawing service did not start: {_last_line(error)}") from error
+    except BaseException:
+        stop()
+        raise
+    return url
+
+
+def stop() -> None:
+    """Finish what was accepted, then stop the service and its proxies; Ray stays up."""
+    serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise ServiceError unless ``port`` can be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ServiceError(
+                    f"port {port} on {host} is taken by another program; stop it, or choose "
+                    f"another port with --set serve.port={port + 1 if port < 65535 else 8000}"
+                ) from error
+            raise ServiceError(
+                f"cannot listen on {host}:{port} ({error.strerror}); change it with "
+                f"--set serve.host=... or --set serve.port=..."
+            ) from error
+
+
+def _wait_for_answer(url: str) -> None:
+    """Until /healthz answers through the proxy. Raises TimeoutError."""
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/healthz", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    raise TimeoutError(f"{url}/healthz did not answer within {_ANSWER_SECONDS:.0f} s")
+
+
+def _last_line(error: Exception) -> str:
+    """What a replica's traceback ends with: the named error."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = [line for line in lines if line.startswith("pixart_") and ": " in line]
+    return named[-1].partition(": ")[2] if named else next((x for x in lines if x), repr(error))

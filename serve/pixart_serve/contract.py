@@ -1,0 +1,110 @@
+"""The wire contract: the OpenAI Images API's request and its error object.
+
+A body is parsed strictly (a number in quotes is an error, so is a field nobody knows), and every
+refusal names the field, the value and what would be right.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pixart_serve.pictures import OutputFormat
+
+MAX_SEED = 2**63 - 1
+_SHOWN = 80  # characters of a bad value that an error repeats
+
+
+class ApiError(Exception):
+    """An answer that is not a picture, in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_seconds: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.retry_after_seconds = status, retry_after_seconds
+        self.body = {
+            "error": {"message": message, "type": _error_type(status), "param": param, "code": code}
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Tells clients whether trying again makes sense; the official one obeys."""
+        if self.retry_after_seconds is not None:
+            return {"Retry-After": str(self.retry_after_seconds)}
+        return {"x-should-retry": "false"} if self.status >= 500 else {}
+
+
+def _error_type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+class GenerationRequest(BaseModel):
+    """The body of ``POST /v1/images/generations``; null means unset."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    prompt: str = Field(min_length=1)
+    model: str | None = None
+    """The served model: its name, name@alias or name@version."""
+    n: Annotated[int, Field(ge=1, le=10)] | None = None
+    size: str | None = None
+    """``auto`` (the model's native size) or WIDTHxHEIGHT in pixels."""
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
+    """Half (low), once, or twice (high, hd) the default number of steps."""
+    response_format: Literal["b64_json"] | None = None
+    output_format: OutputFormat | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Quality of a JPEG or WebP."""
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    stream: Literal[False] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    """Picture i of n is drawn from seed + i."""
+    negative_prompt: str | None = None
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)] | None = None
+
+
+def parse_generation(body: bytes) -> GenerationRequest:
+    """Raises ApiError 400 for the first fault found."""
+    try:
+        return GenerationRequest.model_validate_json(body)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+    param = str(fault["loc"][0]) if fault["loc"] else None
+    raise ApiError(400, _explain(param, fault), param=param)
+
+
+def _explain(param: str | None, fault: Any) -> str:
+    if param is None:
+        return f"the body must be one JSON object: {fault['msg']}"
+    if fault["type"] == "missing":
+        return f"{param} is required"
+    if fault["type"] == "extra_forbidden":
+        known = sorted(GenerationRequest.model_fields)
+        near = difflib.get_close_matches(param, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"unknown field {_shorten(param)}; {hint}"
+    return f"{param} = {_shorten(fault['input'])}: {fault['msg']}{_HINTS.get(param, '')}"
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+_HINTS = {
+    "stream": "; streaming is not available here, leave it out",
+    "response_format": "; pictures are not kept, so there is no URL to give",
+}

@@ -1,0 +1,102 @@
+"""One replica: an engine on a thread, a follower beside it, and the API in front.
+
+Serve sees HTTP requests and decides who gets them; it never sees a step. Its limits are set just
+above the engine's, so that it is the engine that refuses, in OpenAI's words.
+"""
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig
+
+from pixart_platform.registry import Registry
+from pixart_serve.api import build_api
+from pixart_serve.engine import DrawingEngine
+from pixart_serve.follower import Follower
+from pixart_serve.service import EngineService
+from pixart_serve.settings import ServeSettings
+
+_PROBE_REQUESTS = 16  # room for health and model questions beside the drawings
+_SHUTDOWN_SECONDS = 120.0  # for what was accepted; Serve's own 20 s is less than a long queue
+_RETRY_AFTER_SECONDS = 5.0
+
+
+class Replica:
+    """Constructed by Serve; ready once a version is live. Raises RegistryError, VersionRefused."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        registry_uri: str,
+        model_name: str,
+        default_steps: int,
+        default_guidance: float,
+    ) -> None:
+        self._settings = settings
+        self._steps, self._guidance = default_steps, default_guidance
+        self._engine = DrawingEngine(
+            max_rows=settings.max_rows,
+            max_queued=settings.max_queued,
+            stall_seconds=settings.stall_seconds,
+        )
+        self._service = EngineService(self._engine, model_name, settings.alias)
+        self._follower = Follower(
+            Registry(registry_uri, model_name),
+            settings.alias,
+            self._engine,
+            device="cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu",
+            poll_seconds=settings.poll_seconds,
+        )
+        self._follower.load_first()
+        self._follower.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve asks for the application after construction: it needs this very engine."""
+        return build_api(
+            self._service,
+            self._settings,
+            default_steps=self._steps,
+            default_guidance=self._guidance,
+            behind_serve=True,
+        )
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if not self._engine.is_healthy():
+            raise RuntimeError("the drawing engine is stuck or dead")
+
+    def __del__(self) -> None:
+        """Serve calls this once what was accepted has been answered."""
+        for name in ("_follower", "_engine"):
+            if hasattr(self, name):
+                getattr(self, name).close()
+
+
+def build_application(
+    settings: ServeSettings,
+    registry_uri: str,
+    model_name: str,
+    default_steps: int,
+    default_guidance: float,
+) -> Application:
+    """The deployment, bound to what its replicas are constructed with."""
+    deploy = serve.deployment(
+        name="drawing",
+        num_replicas=settings.num_replicas,
+        # One CPU: Ray gives torch as many threads as an actor has CPUs.
+        ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus},
+        max_ongoing_requests=settings.max_rows + settings.max_queued + _PROBE_REQUESTS,
+        max_queued_requests=settings.max_queued,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_AFTER_SECONDS),
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=_SHUTDOWN_SECONDS,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        max_constructor_retry_count=1,
+    )
+    deployment = deploy(serve.ingress()(Replica))
+    bound: Application = deployment.bind(
+        settings, registry_uri, model_name, default_steps, default_guidance
+    )
+    return bound

@@ -1,0 +1,64 @@
+"""Real processes for the slow tests: run the command line, find Ray's workers, kill, look around."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MINI = REPOSITORY / "tests" / "recipes" / "mini.yaml"
+PIXART = [sys.executable, "-m", "pixart_cluster.cli"]
+
+
+def start(*arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start ``pixart`` with its output in ``log``."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*PIXART, *map(str, arguments)], stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run ``pixart`` to its end."""
+    return subprocess.run(
+        [*PIXART, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
+    """Poll closely until ``condition`` holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"
+        time.sleep(0.002)
+
+
+def train_workers(driver: int) -> list[psutil.Process]:
+    """The training workers below a driver process."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and everything below it."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def count_alive(processes: list[psutil.Process]) -> int:
+    return sum(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)

@@ -1,0 +1,113 @@
+"""The whole way in miniature, with real Ray, DeepSpeed, MLflow and Serve, and real kills."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+from pixart_platform.manifest import verify_folder
+from pixart_platform.registry import Registry
+from pixart_platform.tracking import sqlite_uri
+from PIL import Image
+from processes import MINI, count_alive, family, kill, run, start, train_workers, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One ``pixart demo`` in miniature, which most tests here look at."""
+    root = tmp_path_factory.mktemp("demo")
+    before = {p.pid for p in psutil.process_iter()}
+    done = run("demo", MINI, "--root", root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = [p for p in psutil.process_iter() if p.pid not in before and "ray" in p.name()]
+    assert left == [], "processes were left behind"
+    return root
+
+
+def snapshot_of(root: Path, stage: str) -> Path:
+    (folder,) = (root / "stages").glob(f"{stage}-*/snapshot")
+    return folder
+
+
+def states_of(root: Path, stage: str) -> list[int]:
+    """Images seen of every complete state of a stage."""
+    return sorted(int(p.parent.name) for p in root.glob(f"stages/{stage}-*/state/*/manifest.json"))
+
+
+def test_demo_leaves_summary_report_and_picture(demo_root: Path) -> None:
+    summary = json.loads((demo_root / "summary.json").read_text())
+    assert summary["captioner_accuracy"] >= 0.95
+    for key in ("digit_accuracy", "color_accuracy", "relation_accuracy"):
+        assert 0 <= summary[key] <= 1
+    assert summary["seconds"] > 0
+    assert summary["kwh"] > 0
+    assert summary["co2_kg"] > 0
+    assert Image.open(summary["image"]).size == (40, 40)
+    page = (demo_root / "report.html").read_text()
+    assert not re.search(r"""(src|href)=['"]?(?!data:)""", page), "the report must be self-contained"
+    assert page.count("data:image/png") > 10
+    assert "<polyline" in page
+
+
+def test_every_stage_is_registered_with_its_lineage(demo_root: Path) -> None:
+    registry = Registry(sqlite_uri(demo_root), "mini")
+    versions = registry.versions()
+    assert [v.tags["stage"] for v in versions] == ["pixels", "align", "aesthetics"]
+    assert [v.tags["parent_version"] for v in versions] == ["", "1", "2"]
+    assert registry.aliases() == {"stage1": 1, "stage2": 2, "stage3": 3, "champion": 3}
+    for version in versions:
+        version.verify()
+    assert float(versions[-1].tags["digit_accuracy"]) >= 0
+
+
+def test_tables_verify_and_line_up(demo_root: Path) -> None:
+    ids = []
+    for folder in sorted((demo_root / "tables").iterdir()):
+        manifest = verify_folder(folder)
+        assert manifest.counts == {"ok": 96}
+        ids.append(folder)
+    assert len(ids) == 5
+
+
+def test_second_run_skips_everything_done(demo_root: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in demo_root.glob("[tse]*/**/*") if p.is_file()}
+    done = run("run", MINI, "--root", demo_root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = {p: p.stat().st_mtime_ns for p in demo_root.glob("[tse]*/**/*") if p.is_file()}
+    assert after == before
+    assert "done" not in done.stdout
+    assert len(Registry(sqlite_uri(demo_root), "mini").versions()) == 3
+
+
+def test_killed_worker_and_killed_driver_change_nothing(demo_root: Path, tmp_path: Path) -> None:
+    root, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(demo_root / "tables", root / "tables")
+    written = {p: p.stat().st_mtime_ns for p in root.rglob("*.parquet")}
+
+    driver = start("run", MINI, "--root", root, log=log)
+    wait_for(lambda: bool(states_of(root, "pixels")), "stage 1")
+    wait_for(lambda: bool(states_of(root, "align")), "a state of stage 2")
+    kill(train_workers(driver.pid)[0])
+    assert snapshot_is_missing(root, "align"), "the kill came too late to mean anything"
+
+    wait_for(lambda: bool(states_of(root, "aesthetics")), "a state of stage 3")
+    everyone = family(driver.pid)
+    kill(driver)
+    assert snapshot_is_missing(root, "aesthetics"), "the kill came too late to mean anything"
+    driver.wait()
+    wait_for(lambda: count_alive(everyone) == 0, "Ray to follow its killed driver", timeout=60)
+
+    done = run("run", MINI, "--root", root)
+    assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*.parquet")} == written
+    for stage in ("pixels", "align", "aesthetics"):
+        ours, theirs = (snapshot_of(r, stage) / "model.safetensors" for r in (root, demo_root))
+        assert ours.read_bytes() == theirs.read_bytes(), f"{stage} differs"
+
+
+def snapshot_is_missing(root: Path, stage: str) -> bool:
+    return not list((root / "stages").glob(f"{stage}-*/snapshot/manifest.json"))

@@ -1,0 +1,312 @@
+"""The drawing engine: a picture is the same whatever it shares its steps with."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, wait
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_serve_snapshots import Gate, build_drawer
+from torch import Tensor
+
+from pixart_models.drawing import Drawer, DrawingError
+from pixart_serve.engine import (
+    Drawing,
+    DrawingEngine,
+    DrawingFailed,
+    DrawRequest,
+    LoadedVersion,
+    NonFiniteDrawing,
+    NotReady,
+    QueueFull,
+)
+
+LONG_PROMPT = "a purple seven to the left of a green eight above a yellow nine on a dark picture"
+Start = Callable[..., DrawingEngine]
+
+
+def ask(prompt: str = "a red three", **changes: Any) -> DrawRequest:
+    fields = {"seed": 1, "steps": 3, "guidance": 2.5, "width": 32, "height": 32} | changes
+    return DrawRequest(prompt=prompt, **fields)
+
+
+def alone(drawer: Drawer, request: DrawRequest) -> np.ndarray[Any, Any]:
+    return drawer.draw(
+        [request.prompt], [request.seed], steps=request.steps, guidance=request.guidance,
+        negative_prompt=request.negative_prompt, size=(request.width, request.height),
+    )[0]  # fmt: skip
+
+
+def assert_drawn_as_alone(drawing: Drawing, drawer: Drawer, request: DrawRequest) -> None:
+    difference = np.abs(drawing.picture.astype(int) - alone(drawer, request))
+    assert difference.max() <= 1, request
+    assert drawing.seed == request.seed
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    engines: list[DrawingEngine] = []
+
+    def make(drawer: Drawer | None = None, **limits: Any) -> DrawingEngine:
+        engine = DrawingEngine(**({"max_rows": 8, "max_queued": 16} | limits))
+        engines.append(engine)
+        if drawer:
+            engine.activate(LoadedVersion(1, drawer))
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+_REQUESTS = st.builds(
+    DrawRequest,
+    prompt=st.sampled_from(["a red three", LONG_PROMPT, "", "zwei Kekse \U0001f36a"]),
+    negative_prompt=st.sampled_from(["", "a blue two"]),
+    seed=st.integers(0, 2**63 - 1),
+    steps=st.integers(1, 6),
+    guidance=st.sampled_from([0.0, 1.0, 2.5, 7.0]),
+    width=st.sampled_from([16, 32, 48]),
+    height=st.sampled_from([32, 48]),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(requests=st.lists(_REQUESTS, min_size=1, max_size=9), max_rows=st.integers(2, 9))
+def test_any_mix_is_drawn_as_if_alone(requests: list[DrawRequest], max_rows: int) -> None:
+    drawer = build_drawer()
+    engine = DrawingEngine(max_rows=max_rows, max_queued=16)
+    engine.activate(LoadedVersion(1, drawer))
+    try:
+        futures = engine.submit_all(requests)
+        for request, future in zip(requests, futures, strict=True):
+            assert_drawn_as_alone(future.result(timeout=30), drawer, request)
+    finally:
+        engine.close()
+
+
+def test_rows_join_and_leave_between_steps(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer)
+    long = engine.submit(ask(steps=6))
+    gate.allow(2)
+    eventually(lambda: gate.num_arrived == 3)
+    short = engine.submit(ask("a blue two", steps=2, guidance=1.0))
+    gate.allow(3)
+    short.result(timeout=10)
+    assert not long.done()
+    gate.allow()
+    drawing = long.result(timeout=10)
+    assert gate.batches == [2, 2, 2, 3, 3, 2], "the third step was at the gate already"
+    assert_drawn_as_alone(drawing, drawer, ask(steps=6))
+
+
+def test_a_batch_never_exceeds_max_rows_and_keeps_its_order(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer, max_rows=4)
+    finished: list[int] = []
+    futures = engine.submit_all([ask(seed=i, steps=2) for i in range(5)])
+    for i, future in enumerate(futures):
+        future.add_done_callback(lambda _, i=i: finished.append(i))  # type: ignore[misc]
+    gate.allow()
+    wait(futures, timeout=10)
+    assert max(gate.batches) == 4
+    assert finished == sorted(finished)
+
+
+def test_sizes_take_turns(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer, max_rows=2)
+    endless = engine.submit_all([ask(steps=50, seed=i) for i in range(4)])
+    other = engine.submit(ask(steps=2, width=48))
+    gate.allow(6)
+    other.result(timeout=10)
+    assert not any(future.done() for future in endless)
+    for future in endless:
+        future.cancel()
+    gate.allow()
+
+
+def test_a_cancelled_picture_leaves_at_the_next_step(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer, max_rows=4)
+    kept, dropped, waiting = engine.submit_all([ask(seed=i, steps=6) for i in range(3)])
+    gate.allow(2)
+    eventually(lambda: gate.num_arrived == 3)
+    assert dropped.cancel()
+    assert waiting.cancel()
+    gate.allow()
+    drawing = kept.result(timeout=10)
+    assert gate.batches == [4, 4, 4, 2, 2, 2], "the third step was at the gate already"
+    assert_drawn_as_alone(drawing, drawer, ask(seed=0, steps=6))
+    assert len(wait([dropped, waiting], timeout=10).done) == 2
+    with pytest.raises(CancelledError):
+        dropped.result()
+
+
+def test_a_swap_leaves_rows_in_flight_on_their_weights(start: Start) -> None:
+    old, new = build_drawer(seed=1), build_drawer(seed=2)
+    gate = Gate(old.network)
+    engine = start(old)
+    first = engine.submit(ask(steps=4))
+    gate.allow(2)
+    eventually(lambda: gate.num_arrived == 3)
+    engine.activate(LoadedVersion(2, new))
+    second = engine.submit(ask(steps=4))
+    gate.allow()
+    before, after = first.result(timeout=10), second.result(timeout=10)
+    assert (before.version, after.version) == (1, 2)
+    gate.allow()
+    assert_drawn_as_alone(before, old, ask(steps=4))
+    assert_drawn_as_alone(after, new, ask(steps=4))
+
+
+def test_a_trial_draws_beside_the_live_version_even_when_the_queue_is_full(start: Start) -> None:
+    live, candidate = build_drawer(seed=1), build_drawer(seed=2)
+    gate = Gate(live.network)
+    engine = start(live, max_rows=2, max_queued=1)
+    waiting = fill(engine, gate)
+    trial = engine.try_out(LoadedVersion(2, candidate), ask())
+    gate.allow()
+    assert_drawn_as_alone(trial.result(timeout=10), candidate, ask())
+    assert {future.result(timeout=10).version for future in waiting} == {1}
+
+
+def fill(engine: DrawingEngine, gate: Gate) -> "list[Future[Drawing]]":
+    """One picture at the gate and one in the queue of an engine that has room for no more."""
+    drawing = engine.submit(ask())
+    eventually(lambda: gate.num_arrived == 1)
+    return [drawing, engine.submit(ask())]
+
+
+def test_a_full_queue_refuses_and_says_when(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer, max_rows=2, max_queued=1)
+    accepted = fill(engine, gate)
+    with pytest.raises(QueueFull, match="1 pictures already wait") as refused:
+        engine.submit(ask())
+    assert 1 <= refused.value.retry_after_seconds <= 60
+    accepted[1].cancel()
+    gate.allow()
+    accepted[0].result(timeout=10)
+    assert engine.submit(ask()).result(timeout=10).version == 1
+
+
+def test_many_sizes_cannot_pass_the_bound(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer, max_rows=2, max_queued=2)
+    accepted = []
+    with pytest.raises(QueueFull):
+        for side in range(1, 12):
+            accepted.append(engine.submit(ask(width=8 * side, steps=20)))
+            gate.allow(1)
+            eventually(lambda side=side: gate.num_arrived == side + 1)  # type: ignore[misc]
+    assert len(accepted) == 4, "max_rows + max_queued"
+    gate.allow()
+    assert len(wait(accepted, timeout=20).done) == len(accepted)
+
+
+def test_only_the_bad_row_of_a_batch_fails(start: Start) -> None:
+    drawer = build_drawer()
+
+    def refuse_long_prompts(_: Any, args: tuple[Tensor, ...]) -> None:
+        if args[3].sum(dim=1).max() > 12:
+            raise RuntimeError("out of memory")
+
+    drawer.network.register_forward_pre_hook(refuse_long_prompts)
+    engine = start(drawer)
+    good = [ask(seed=1), ask(seed=2, guidance=1.0)]
+    futures = engine.submit_all([good[0], ask(LONG_PROMPT), good[1]])
+    with pytest.raises(DrawingFailed, match="RuntimeError: out of memory"):
+        futures[1].result(timeout=10)
+    assert_drawn_as_alone(futures[0].result(timeout=10), drawer, good[0])
+    assert_drawn_as_alone(futures[2].result(timeout=10), drawer, good[1])
+    assert engine.is_healthy()
+
+
+def test_non_finite_latents_fail_their_row_alone(start: Start) -> None:
+    drawer = build_drawer()
+
+    def poison_long_prompts(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output[args[3].sum(dim=1) > 12] = torch.nan
+        return output
+
+    drawer.network.register_forward_hook(poison_long_prompts)
+    engine = start(drawer)
+    good, bad = engine.submit_all([ask(), ask(LONG_PROMPT)])
+    with pytest.raises(NonFiniteDrawing, match="version 1"):
+        bad.result(timeout=10)
+    assert_drawn_as_alone(good.result(timeout=10), drawer, ask())
+
+
+def test_a_picture_off_the_grid_fails_alone(start: Start) -> None:
+    drawer = build_drawer()
+    good, bad = start(drawer).submit_all([ask(), ask(width=33)])
+    with pytest.raises(DrawingError, match="width = 33 px"):
+        bad.result(timeout=10)
+    assert good.result(timeout=10).picture.shape == (32, 32, 3)
+
+
+def test_without_a_version_nothing_is_accepted(start: Start) -> None:
+    engine = start()
+    with pytest.raises(NotReady, match="no version is live"):
+        engine.submit(ask())
+    with pytest.raises(NotReady):
+        engine.count_tokens("a red three")
+
+
+def test_closing_fails_what_is_left(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer, max_rows=2)
+    futures = engine.submit_all([ask(steps=50), ask()])
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    gate.allow(1)
+    closing.join(10)
+    for future in futures:
+        with pytest.raises(NotReady, match="closed"):
+            future.result(timeout=10)
+    with pytest.raises(NotReady, match="closed"):
+        engine.submit(ask())
+    assert not engine.is_healthy()
+
+
+def test_a_stuck_step_is_unhealthy_until_it_moves(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer, stall_seconds=0.05)
+    assert engine.is_healthy()
+    future = engine.submit(ask())
+    eventually(lambda: not engine.is_healthy())
+    gate.allow()
+    future.result(timeout=10)
+    eventually(engine.is_healthy)
+
+
+def test_tokens_may_be_counted_while_prompts_are_encoded(start: Start) -> None:
+    drawer = build_drawer()
+    engine = start(drawer, max_queued=100)
+    expected = drawer.text_encoder.count_tokens(LONG_PROMPT)
+    futures = engine.submit_all([ask(f"{LONG_PROMPT} {i}", steps=1) for i in range(40)])
+    assert {engine.count_tokens(LONG_PROMPT) for _ in range(200)} == {expected}
+    for future in futures:
+        future.result(timeout=20)
