@@ -1,4 +1,4 @@
-"""Real processes for the slow tests: run the command line, find Ray's workers, kill, look around."""
+"""Real processes for the slow tests: run the command line, find workers, kill, look around."""
 
 import os
 import signal
@@ -26,7 +26,11 @@ def start(*arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:
 def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run ``pixart`` to its end."""
     return subprocess.run(
-        [*PIXART, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False
+        [*PIXART, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

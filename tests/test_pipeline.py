@@ -7,11 +7,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
+from processes import MINI, count_alive, family, kill, run, start, train_workers, wait_for
+
 from pixart_platform.manifest import verify_folder
 from pixart_platform.registry import Registry
 from pixart_platform.tracking import sqlite_uri
-from PIL import Image
-from processes import MINI, count_alive, family, kill, run, start, train_workers, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,9 @@ def test_demo_leaves_summary_report_and_picture(demo_root: Path) -> None:
     assert summary["co2_kg"] > 0
     assert Image.open(summary["image"]).size == (40, 40)
     page = (demo_root / "report.html").read_text()
-    assert not re.search(r"""(src|href)=['"]?(?!data:)""", page), "the report must be self-contained"
+    assert not re.search(r"""(src|href)=['"]?(?!data:)""", page), (
+        "the report must be self-contained"
+    )
     assert page.count("data:image/png") > 10
     assert "<polyline" in page
 

@@ -1,4 +1,4 @@
-"""Tiny real snapshots for the serve room's tests: random weights, built-in encoders, no downloads."""
+"""Tiny real snapshots for the serve room's tests: random weights, nothing downloaded."""
 
 import threading
 from dataclasses import replace

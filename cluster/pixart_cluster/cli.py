@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+
 from pixart_cluster.local import quiet_environment
 
 cli = typer.Typer(

@@ -98,7 +98,7 @@ def next_steps(root: Path, recipe: FullRecipe) -> str:
     where = os.path.relpath(root)
     return "\n".join(
         [
-            f"pixart serve --root {where}      # then POST {{\"prompt\": ...}} to "
+            f'pixart serve --root {where}      # then POST {{"prompt": ...}} to '
             f"http://{recipe.serve.host}:{recipe.serve.port}/v1/images/generations",
             f"mlflow ui --backend-store-uri sqlite:///{where}/mlflow.db",
             "pixart run --root runs/mine --set data.source=folder:PATH --set name=mine",

@@ -31,8 +31,6 @@ def quiet_environment() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("ray.data", "ray.train", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -42,6 +40,7 @@ def local_ray(logs_to: Path) -> Iterator[Path]:
     If the block raises, Ray's logs are copied to ``logs_to``.
     """
     import ray
+    import ray.data
 
     _remove_stale()
     scratch = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
@@ -53,6 +52,9 @@ def local_ray(logs_to: Path) -> Iterator[Path]:
             logging_level=logging.ERROR,
             _temp_dir=str(scratch / "ray"),
         )
+        for handler in logging.getLogger("ray.data").handlers:
+            if type(handler).__name__ != "SessionFileHandler":
+                handler.setLevel(logging.ERROR)  # the plan of each dataset is not for our users
         yield scratch
     except BaseException:
         _keep_logs(scratch, logs_to)

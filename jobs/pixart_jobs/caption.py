@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+
 from pixart_jobs.ingest import Progress, decode_image
 from pixart_jobs.recipe import Recipe
 from pixart_models.captioner import load_captioner

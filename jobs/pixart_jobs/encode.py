@@ -14,13 +14,14 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+
 from pixart_jobs.ingest import Progress, decode_image
 from pixart_jobs.recipe import EncodeSettings, Recipe
 from pixart_models.autoencoder import load_autoencoder
 from pixart_models.text import load_text_encoder
 from pixart_platform.partitions import Sink, run_partitions
 from pixart_platform.tables import OK, Table, TableWriter
-from torch import Tensor
 
 
 def plan(
@@ -64,9 +65,7 @@ def run(
                     "num_tokens": "num_tokens"})
     ]  # fmt: skip
     for resolution, writer in latents.items():
-        columns = {
-            name: f"{name}_{resolution}" for name in ("moments", "bucket_h", "bucket_w")
-        }
+        columns = {name: f"{name}_{resolution}" for name in ("moments", "bucket_h", "bucket_w")}
         same = {name: name for name in ("id", "status", "width", "height")}
         sinks.append(Sink(writer, same | columns))
     return run_partitions(

@@ -17,6 +17,9 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from ray.data import ActorPoolStrategy, DataContext
+
 from pixart_jobs.recipe import DrawSettings, Recipe
 from pixart_jobs.scenes import compose, sample_reading
 from pixart_models.digits import DigitReader, Reading, UnreadableImage, describe
@@ -25,8 +28,6 @@ from pixart_platform.manifest import load_manifest
 from pixart_platform.recipe import digest_of
 from pixart_platform.seeds import derive_seed
 from pixart_platform.storage import write_atomic
-from PIL import Image
-from ray.data import ActorPoolStrategy, DataContext
 
 _SHEET_COLUMNS = 8
 _SHEET_ROWS = 4
@@ -183,7 +184,9 @@ def measure_reader(seed: int) -> float:
     """Digit accuracy of the evaluation's reader on real scenes of *train* scans, unseen by it."""
     reader = DigitReader("test")
     rng = np.random.default_rng([seed, 8])
-    scenes = [compose(sample_reading(rng, held_out=True), "train", rng) for _ in range(_READER_SCENES)]
+    scenes = [
+        compose(sample_reading(rng, held_out=True), "train", rng) for _ in range(_READER_SCENES)
+    ]
     seen: list[Reading | None] = [*reader.read_many([scene.image for scene in scenes])]
     return score([scene.reading for scene in scenes], seen)["digit_accuracy"]
 

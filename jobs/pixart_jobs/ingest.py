@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
 from pixart_jobs.recipe import Recipe
 from pixart_jobs.sources import RawItem, open_source
 from pixart_platform.partitions import Sink, run_partitions
@@ -111,7 +112,7 @@ def decode_image(data: bytes, min_side: int = 1, max_pixels: int = 10**9) -> NDA
                 raise ValueError(
                     f"{image.width}x{image.height} is under data.min_side = {min_side}"
                 )
-            upright = ImageOps.exif_transpose(image)
+            upright = _to_8_bits(ImageOps.exif_transpose(image))
             if upright.has_transparency_data:
                 layer = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -120,8 +121,19 @@ def decode_image(data: bytes, min_side: int = 1, max_pixels: int = 10**9) -> NDA
         raise ValueError(f"decompression bomb ({error})") from error
     except UnidentifiedImageError as error:
         raise ValueError("not an image Pillow can read") from error
-    except (OSError, SyntaxError, EOFError, OverflowError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything on damaged bytes, struct.error too
         raise ValueError(f"broken image ({error})") from error
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Deep grey scaled to 0-255, where Pillow's own conversion would clip it to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 bits")
+    return image
 
 
 def measure_quality(pixels: NDArray[np.uint8]) -> float:

@@ -182,9 +182,7 @@ class Pipeline:
             raise PixartError(f"{table.folder}: every row was rejected; see its 'status' column")
 
     def _consume(self, job: "JobMonitor", progress: ingest.Progress) -> None:
-        done = 0
-        for _ in progress:
-            done += 1
+        for done, _ in enumerate(progress, start=1):
             job.reach(done)
 
     def _train_stages(self, tables: dict[str, Table]) -> list[StageResult]:

@@ -19,7 +19,7 @@ def check_gates(recipe: Recipe, version: Version, metrics: dict[str, float]) -> 
         value = metrics.get(name)
         if value is None:
             failures.append(f"{name} was not measured (it has {', '.join(sorted(metrics))})")
-        elif value < minimum:
+        elif not value >= minimum:  # so that nan fails, too
             failures.append(f"{name} = {value:.3f} is below {minimum:g} by {minimum - value:.3f}")
     if failures:
         raise PromotionRefused(
@@ -28,7 +28,9 @@ def check_gates(recipe: Recipe, version: Version, metrics: dict[str, float]) -> 
         )
 
 
-def promote(recipe: Recipe, registry: Registry, version: Version, metrics: dict[str, float]) -> None:
+def promote(
+    recipe: Recipe, registry: Registry, version: Version, metrics: dict[str, float]
+) -> None:
     """Verify the snapshot, check the gates, move ``champion`` and keep ``previous``."""
     version.verify()
     check_gates(recipe, version, metrics)

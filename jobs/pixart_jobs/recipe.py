@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pydantic import AfterValidator, Field, model_validator
+
 from pixart_models.config import PRESETS, NetworkConfig, get_preset
 from pixart_models.diffusion import ObjectiveName, get_objective
 from pixart_models.errors import ModelInputError
@@ -10,7 +12,6 @@ from pixart_platform.accounting import AccountingSettings
 from pixart_platform.batches import Condition
 from pixart_platform.engine import OptimizerSettings
 from pixart_platform.recipe import Count, Section
-from pydantic import AfterValidator, Field, model_validator
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -146,7 +147,9 @@ class Recipe(Section):
     caption: CaptionSettings = CaptionSettings()
     encode: EncodeSettings = EncodeSettings()
     train: TrainSettings = TrainSettings()
-    stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], StageSettings] = Field(min_length=1)
+    stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], StageSettings] = Field(
+        min_length=1
+    )
     draw: DrawSettings = DrawSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     accounting: AccountingSettings = AccountingSettings()
@@ -187,7 +190,7 @@ class Recipe(Section):
     def network_of(
         self, stage: StageSettings, *, factor: int, channels: int, text_width: int
     ) -> NetworkConfig:
-        """The network of a stage, given its autoencoder and text encoder. Raises ModelInputError."""
+        """The network of a stage, given its encoders. Raises ModelInputError."""
         patch = PRESETS[self.train.network].patch
         if stage.resolution % (factor * patch):
             raise ModelInputError(

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from PIL import Image
+
 from pixart_jobs.pipeline import Result
 from pixart_platform.storage import write_atomic
 from pixart_platform.tables import OK
@@ -155,11 +156,11 @@ def _previews(result: Result) -> str:
     parts = ["<h2>The same prompts after each stage</h2>"]
     for stage in result.stages:
         parts.append(f"<h3>{html.escape(stage.plan.name)}</h3>")
-        for path in sorted(stage.plan.preview_folder.glob("*.png")):
-            parts.append(
-                f"<p class=small>{int(path.stem):,} images<br>"
-                f"{_embed(path.read_bytes(), 640, f'previews at {path.stem} images')}</p>"
-            )
+        parts += [
+            f"<p class=small>{int(path.stem):,} images<br>"
+            f"{_embed(path.read_bytes(), 640, f'previews at {path.stem} images')}</p>"
+            for path in sorted(stage.plan.preview_folder.glob("*.png"))
+        ]
     prompts = "".join(f"<li>{html.escape(p)}" for p in result.recipe.train.preview_prompts)
     return f"{''.join(parts)}<ol class=small>{prompts}</ol>"
 
@@ -172,7 +173,11 @@ def _evaluation(result: Result, baseline: Result | None) -> str:
     head = "".join(f"<th>{r.recipe.train.objective}" for r in columns)
     rows = "".join(
         f"<tr><td>{name.replace('_', ' ')}"
-        + "".join(f"<td>{r.evaluation.metrics.get(name, float('nan')):.1%}" for r in columns if r.evaluation)
+        + "".join(
+            f"<td>{r.evaluation.metrics.get(name, float('nan')):.1%}"
+            for r in columns
+            if r.evaluation
+        )
         for name in found.metrics
     )
     return (

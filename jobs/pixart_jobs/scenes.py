@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
 from pixart_models.digits import (
     COLORS,
     DIGIT_NAMES,

@@ -5,6 +5,7 @@ raw items of partition k are. It decodes nothing; ``ingest`` does, and nothing i
 """
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ class ImageFolder:
         paths = tuple(sorted(str(p.relative_to(folder)) for p in found))
         if not paths:
             raise StorageError(
-                f"data.source = folder:{folder}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))})"
+                f"data.source = folder:{folder}: no image files in it "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))})"
             )
         return cls(paths, str(folder), partition_rows)
 
@@ -97,11 +99,15 @@ class ImageFolder:
         return -(-len(self.paths) // self.partition_rows)
 
     def fingerprint(self) -> str:
-        """Of names, sizes and modification times: an edited image makes a new table."""
+        """Of names, sizes and times: an edited image or caption makes a new table."""
         digest = hashlib.sha256()
         for name in self.paths:
-            stat = (Path(self.folder) / name).stat()
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            image = Path(self.folder) / name
+            for path in (image, image.with_suffix(".txt")):
+                digest.update(os.fsencode(path.relative_to(self.folder)))
+                if path.exists():  # a link may lead nowhere
+                    stat = path.stat()
+                    digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
     def read(self, k: int) -> list[RawItem]:
@@ -110,13 +116,14 @@ class ImageFolder:
 
     def _read_one(self, name: str) -> RawItem:
         path = Path(self.folder) / name
+        name = os.fsencode(name).decode("utf-8", "backslashreplace")  # tables hold UTF-8 only
         try:
             data = path.read_bytes()
         except OSError as error:
             return RawItem(name, b"", problem=f"unreadable file ({error.strerror})")
         caption_path = path.with_suffix(".txt")
         try:
-            caption = caption_path.read_text(encoding="utf-8").strip()
+            caption = caption_path.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             caption = " ".join(re.findall(r"[^\W_]+", path.stem))
         except (OSError, UnicodeDecodeError) as error:

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
 from pixart_jobs.encode import unpack_features
 from pixart_models.autoencoder import load_autoencoder, sample_moments
 from pixart_models.diffusion import get_objective
@@ -21,8 +24,6 @@ from pixart_models.snapshot import SnapshotConfig, build_network
 from pixart_models.text import load_text_encoder, pad_features
 from pixart_platform.seeds import SampleDraws, derive_seed
 from pixart_platform.train_loop import Average
-from PIL import Image
-from torch import Tensor, nn
 
 LogImage = Callable[[NDArray[np.uint8], str, int], None]
 

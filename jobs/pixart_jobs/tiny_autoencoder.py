@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+
 from pixart_jobs.scenes import compose_scene
 
 BATCH = 64
@@ -45,7 +46,9 @@ def load_pixels(step: int, resolution: int) -> torch.Tensor:
     scenes = [compose_scene(step * BATCH + i, seed=SEED).image for i in range(BATCH)]
     if resolution != scenes[0].shape[0]:
         size = (resolution, resolution)
-        scenes = [np.asarray(Image.fromarray(s).resize(size, Image.Resampling.BICUBIC)) for s in scenes]
+        scenes = [
+            np.asarray(Image.fromarray(s).resize(size, Image.Resampling.BICUBIC)) for s in scenes
+        ]
     return torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -67,7 +70,9 @@ def fit(model: AutoencoderKL, steps: int) -> None:
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             kl = posterior.kl().mean() / posterior.mean[0].numel()
-            print(f"{step:5d} mse {error:.5f} kl {kl:.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"{step:5d} mse {error:.5f} kl {kl:.3f} {time.time() - started:.0f} s", flush=True
+            )
 
 
 @torch.no_grad()

@@ -14,6 +14,9 @@ from typing import Any, cast
 
 import ray.train
 import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
 from pixart_jobs.encode import unpack_features
 from pixart_jobs.recipe import Recipe, StageSettings
 from pixart_jobs.stage_task import LatentTask
@@ -23,7 +26,13 @@ from pixart_models.ema import Ema
 from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
 from pixart_models.reparameterize import check_compatible, reparameterize
-from pixart_models.snapshot import SnapshotConfig, build_network, load_config, load_network, save_snapshot
+from pixart_models.snapshot import (
+    SnapshotConfig,
+    build_network,
+    load_config,
+    load_network,
+    save_snapshot,
+)
 from pixart_platform.batches import Condition, RowIndex
 from pixart_platform.checkpoint import StateStore
 from pixart_platform.engine import Engine, choose_accelerator
@@ -36,8 +45,6 @@ from pixart_platform.storage import publish_folder
 from pixart_platform.tables import Table
 from pixart_platform.tracking import Tracker
 from pixart_platform.train_loop import LoopSettings, train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 SNAPSHOT_SCHEMA = "snapshot/1"
 
@@ -52,7 +59,11 @@ class StageInputs:
     parent: Path | None
 
     def digests(self) -> dict[str, str]:
-        found = {"images": self.images.digest, "latents": self.latents.digest, "text": self.text.digest}
+        found = {
+            "images": self.images.digest,
+            "latents": self.latents.digest,
+            "text": self.text.digest,
+        }
         if self.parent:
             found["parent"] = load_manifest(self.parent).digest
         return found
@@ -130,7 +141,9 @@ def _check_parent(parent: Path, wanted: SnapshotConfig) -> None:
     """Raise ModelInputError unless ``parent`` can become a network of ``wanted``."""
     config = load_config(parent)
     if config.network.architecture == "pixart" and wanted.network.architecture == "dit":
-        raise ModelInputError(f"{parent} is a PixArt; a class-conditional stage cannot start from it")
+        raise ModelInputError(
+            f"{parent} is a PixArt; a class-conditional stage cannot start from it"
+        )
     check_compatible(config.network, wanted.network)
     if config.objective != wanted.objective:
         raise ModelInputError(
@@ -141,7 +154,9 @@ def _check_parent(parent: Path, wanted: SnapshotConfig) -> None:
         raise ModelInputError(f"{parent} was trained on latents of another autoencoder")
 
 
-def run(stage: StagePlan, tracker: Tracker, scratch: Path, on_progress: Callable[[int], None]) -> None:
+def run(
+    stage: StagePlan, tracker: Tracker, scratch: Path, on_progress: Callable[[int], None]
+) -> None:
     """Train ``stage`` to its snapshot; at once if it is there. Raises TrainingError.
 
     ``scratch`` is for Ray's own files, which nothing needs afterwards.
@@ -255,7 +270,11 @@ def build_index(stage: StagePlan) -> RowIndex:
     if stage.settings.condition_on == "class":
         tables = {"images": (inputs.images, ["label"]), "latents": latents}
     else:
-        tables = {"images": (inputs.images, []), "latents": latents, "text": (inputs.text, ["features"])}
+        tables = {
+            "images": (inputs.images, []),
+            "latents": latents,
+            "text": (inputs.text, ["features"]),
+        }
     return RowIndex(tables, Condition.parse(stage.settings.where))
 
 

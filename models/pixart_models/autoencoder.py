@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pixart_models.text import ModelNotFound
 from torch import Tensor
+
+from pixart_models.text import ModelNotFound
 
 BUILTIN = "builtin:digits"
 
@@ -71,7 +72,7 @@ def load_autoencoder(source: str, device: str = "cpu") -> Autoencoder:
     folder = str(files("pixart_models") / "assets/autoencoder") if source == BUILTIN else source
     try:
         model: Any = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True
+            folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError) as error:
         raise ModelNotFound("autoencoder", source, str(error).splitlines()[0]) from error

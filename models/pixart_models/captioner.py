@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+
 from pixart_models.digits import DigitReader, UnreadableImage, describe
 from pixart_models.text import ModelNotFound
 
@@ -101,6 +102,8 @@ class VisionLanguageCaptioner:
 
     def _ask(self, raw_caption: str) -> str:
         request = self._prompt
+        if mark := getattr(self._processor, "image_token", ""):
+            raw_caption = raw_caption.replace(mark, " ").strip()  # it would ask for a second image
         if raw_caption:
             request = PROMPT_WITH_CAPTION.format(
                 caption=raw_caption, request=request[:1].lower() + request[1:]

@@ -52,7 +52,7 @@ class NetworkConfig:
             raise ConfigError(f"network.width = {self.width}: size_condition needs a multiple of 3")
         if self.sample_size % self.patch:
             raise ConfigError(
-                f"network.sample_size = {self.sample_size} is not a multiple of patch = {self.patch}"
+                f"network.sample_size = {self.sample_size} is no multiple of patch = {self.patch}"
             )
 
     @property

@@ -104,7 +104,8 @@ def _features(ink: NDArray[np.float32]) -> NDArray[np.float32]:
     top, left = (side - crop.shape[0]) // 2, (side - crop.shape[1]) // 2
     square[top : top + crop.shape[0], left : left + crop.shape[1]] = crop / max(crop.max(), 1e-6)
     small = Image.fromarray((square * 255).astype(np.uint8)).resize(
-        (_FEATURE_SIDE, _FEATURE_SIDE), Image.Resampling.BOX if side > 12 else Image.Resampling.BILINEAR
+        (_FEATURE_SIDE, _FEATURE_SIDE),
+        Image.Resampling.BOX if side > 12 else Image.Resampling.BILINEAR,
     )
     features: NDArray[np.float32] = np.asarray(small, np.float32).reshape(-1) / np.float32(255)
     return features

@@ -7,6 +7,9 @@ Legend: B batch, N image tokens, D width, C latent channels, H, W latent size.
 """
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from pixart_models.config import NetworkConfig
 from pixart_models.layers import (
     Mlp,
@@ -19,8 +22,6 @@ from pixart_models.layers import (
     modulate,
     unpatchify,
 )
-from torch import Tensor, nn
-from torch.nn import functional
 
 
 class LabelEmbedder(nn.Module):
@@ -46,15 +47,15 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        chunks = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
+        modulation: Tensor = self.adaLN_modulation(condition)[:, None]
+        chunks = modulation.chunk(6, dim=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
         width = x.shape[-1:]
         normed = functional.layer_norm(x, width, eps=1e-6)
         x = x + gate_a * self.attn(modulate(normed, shift_a, scale_a))  # (B, N, D)
         normed = functional.layer_norm(x, width, eps=1e-6)
         mixed: Tensor = self.mlp(modulate(normed, shift_m, scale_m))
-        x = x + gate_m * mixed  # (B, N, D)
-        return x
+        return x + gate_m * mixed  # (B, N, D)
 
 
 class FinalLayer(nn.Module):
@@ -95,7 +96,10 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for i in (0, 2):
             nn.init.normal_(linear_at(self.t_embedder.mlp, i).weight, std=0.02)
-        modulated = [*(block.adaLN_modulation for block in blocks), self.final_layer.adaLN_modulation]
+        modulated = [
+            *(block.adaLN_modulation for block in blocks),
+            self.final_layer.adaLN_modulation,
+        ]
         for layer in (*(linear_at(m, 1) for m in modulated), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

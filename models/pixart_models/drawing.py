@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from pixart_models.autoencoder import Autoencoder, load_autoencoder
 from pixart_models.diffusion import ObjectiveName
 from pixart_models.dit import DiT
@@ -21,7 +23,6 @@ from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, SnapshotError, load_network
 from pixart_models.solvers import build_schedule, guide, solver_step
 from pixart_models.text import TextEncoder, load_text_encoder, pad_features
-from torch import Tensor
 
 DEFAULT_STEPS = 12
 DEFAULT_GUIDANCE = 2.5
@@ -71,9 +72,7 @@ class Drawer:
         scale = torch.full((len(prompts),), guidance, device=self.device)
 
         def predict_at(x: Tensor, timesteps: Tensor) -> Tensor:
-            return predict(
-                self.network, x, timesteps, features[:-1], features[-1:] * len(x), scale
-            )
+            return predict(self.network, x, timesteps, features[:-1], features[-1:] * len(x), scale)
 
         x = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(self.device)
         return self.autoencoder.decode(solve(predict_at, x, self.config.objective, steps))
@@ -157,7 +156,10 @@ def load_drawer(folder: Path, device: str = "cpu", like: "Drawer | None" = None)
     config, network = load_network(folder, device)
     if not isinstance(network, PixArt):
         raise SnapshotError(f"{folder} holds a class-conditional DiT: only PixArt draws prompts")
-    if like and like.config.text_encoder_digest == config.text_encoder_digest:
+    if config.network.size_condition:
+        raise SnapshotError(f"{folder} is conditioned on picture sizes, which cannot be drawn yet")
+    same_text = like and like.config.text_encoder_digest == config.text_encoder_digest
+    if like and same_text and like.text_encoder.max_tokens == config.network.max_tokens:
         text_encoder = like.text_encoder
     else:
         text_encoder = load_text_encoder(config.text_encoder, config.network.max_tokens, device)

@@ -8,6 +8,9 @@ Legend: B batch, N image tokens, L text tokens, D width, C latent channels, H, W
 """
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from pixart_models.config import NetworkConfig
 from pixart_models.layers import (
     CrossAttention,
@@ -21,8 +24,6 @@ from pixart_models.layers import (
     modulate,
     unpatchify,
 )
-from torch import Tensor, nn
-from torch.nn import functional
 
 
 class CaptionEmbedder(nn.Module):

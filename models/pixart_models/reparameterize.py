@@ -11,6 +11,7 @@ starts at zero).
 from dataclasses import dataclass, replace
 
 import torch
+
 from pixart_models.config import ConfigError, NetworkConfig
 from pixart_models.dit import DiT, DiTBlock
 from pixart_models.layers import linear_at
@@ -33,7 +34,15 @@ class Report:
 
 def check_compatible(source: NetworkConfig, target: NetworkConfig) -> None:
     """Raise ConfigError unless a DiT ``source`` can become a PixArt ``target``."""
-    shared = ("depth", "width", "heads", "patch", "mlp_ratio", "latent_channels", "predict_variance")
+    shared = (
+        "depth",
+        "width",
+        "heads",
+        "patch",
+        "mlp_ratio",
+        "latent_channels",
+        "predict_variance",
+    )
     for name in shared:
         if getattr(source, name) != getattr(target, name):
             raise ConfigError(

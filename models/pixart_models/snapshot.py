@@ -8,17 +8,18 @@ text feature from other weights is silent nonsense.
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from pixart_models.config import NetworkConfig
 from pixart_models.diffusion import ObjectiveName
 from pixart_models.dit import DiT
 from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -50,6 +51,8 @@ class SnapshotConfig:
             unknown = set(raw) - {f.name for f in fields(cls)}
             if unknown:
                 raise TypeError(f"unknown keys {sorted(unknown)}")
+            if raw.get("objective") not in get_args(ObjectiveName):
+                raise ValueError(f"unknown objective {raw.get('objective')!r}")
             config = cls(network=network, **raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SnapshotError(f"{where} is not a snapshot config: {error}") from error
@@ -94,7 +97,7 @@ def load_network(folder: Path, device: str = "cpu") -> tuple[SnapshotConfig, Pix
             f"{folder / WEIGHTS_FILE} does not fit its config: missing or mis-shaped "
             f"{missing[:3]}, extra {extra[:3]} ({len(missing)} and {len(extra)} in all)"
         )
-    network.load_state_dict(weights, assign=True)
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise SnapshotError(f"{folder / WEIGHTS_FILE} has non-finite values in {bad[:3]}")

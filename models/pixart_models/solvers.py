@@ -15,8 +15,9 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from pixart_models.diffusion import IDDPM, NUM_TIMESTEPS, ObjectiveName
 from torch import Tensor
+
+from pixart_models.diffusion import IDDPM, NUM_TIMESTEPS, ObjectiveName
 
 SolverName = Literal["dpm++2m", "euler"]
 MAX_STEPS = 1000
@@ -64,7 +65,8 @@ def build_schedule(
     if solver == "dpm++2m":
         log_snr = (alpha / sigma).log()[:-1]  # lambda, of all but the clean end
         h = log_snr[1:] - log_snr[:-1]
-        k[1:-1] = h[1:] / (2 * h[:-1])  # first and last steps stay first order
+        ratio = h[1:] / (2 * h[:-1])  # h is 0 where 1000 rounded steps repeat a timestep
+        k[1:-1] = torch.where(h[:-1] > 0, ratio, 0)  # first and last steps stay first order
     return Schedule(timesteps.float(), torch.stack([p, q, a, b, k], dim=1).float())
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from pixart_models.digits import COLORS, DIGIT_NAMES, RELATIONS, Reading, describe
 from pixart_models.errors import ModelInputError
-from torch import Tensor
 
 BUILTIN = "builtin:t5-tiny"
 TINY_WIDTH = 64
@@ -29,8 +30,8 @@ class ModelNotFound(ModelInputError):
 
     def __init__(self, kind: str, source: str, why: object) -> None:
         super().__init__(
-            f"cannot load the {kind} {source!r}: give a local folder, or a hub id on a machine that "
-            f"may download ('hf download {source}' fetches it). Reason: {why}"
+            f"cannot load the {kind} {source!r}: give a local folder, or a hub id where downloads "
+            f"are possible ('hf download {source}' fetches it). Reason: {why}"
         )
 
 
@@ -56,7 +57,7 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Features of each prompt, (L_i, Dt), trimmed to its true length (1..max_tokens).
 
-        Prompts are encoded shortest first in one padded batch; callers choose the batch.
+        Prompts are encoded in one padded batch; callers choose the batch.
         """
         device = self.model.device
         batch = self.tokenizer(
@@ -126,7 +127,15 @@ def _build_tiny() -> tuple[Any, Any]:
     to word order, so "a red three above a blue one" could not be told from its colours swapped
     (digit accuracy stayed at 19 % after 500 steps).
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     bpe = Tokenizer(models.BPE())

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pixart_platform.recipe import Section
 from pydantic import Field
+
+from pixart_platform.recipe import Section
 
 
 class AccountingSettings(Section):
@@ -39,9 +40,9 @@ class Cost:
 @contextmanager
 def measure(settings: AccountingSettings) -> Iterator[Cost]:
     """Fills the yielded Cost when the block ends."""
-    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     from codecarbon import OfflineEmissionsTracker
 
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # its import sets INFO
     cost = Cost()
     tracker = OfflineEmissionsTracker(
         country_iso_code=settings.country, save_to_file=False, log_level="critical",

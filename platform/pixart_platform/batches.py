@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
 from pixart_platform.errors import RecipeError
 from pixart_platform.order import Bucket
-from pixart_platform.tables import OK, ROW_GROUP_ROWS, Table, check_aligned
+from pixart_platform.tables import OK, ROW_GROUP_ROWS, SCHEMAS, Table, check_aligned
 
 _OPERATORS: dict[str, Callable[[Any, float], Any]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
@@ -59,6 +60,10 @@ class Condition:
         return chosen
 
 
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
 class RowIndex:
     """Eligible rows of aligned tables, by bucket and block (row group), in table order.
 
@@ -96,11 +101,11 @@ class RowIndex:
 
     def _eligible(self, k: int, where: Condition) -> NDArray[np.bool_]:
         images = self._tables["images"][0]
-        known = set(images.read(k).column_names) if where.columns else set()
+        known = [f.name for f in SCHEMAS[images.manifest.schema] if _is_number(f.type)]
         for column in where.columns:
             if column not in known:
                 raise RecipeError(
-                    f"where: the image table has no column {column!r}; one of {sorted(known)}"
+                    f"where: the image table has no column {column!r} of numbers; one of {known}"
                 )
         chosen = where.select(images.read(k, [*where.columns, "status"]))
         for table, _ in self._tables.values():

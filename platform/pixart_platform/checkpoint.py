@@ -10,11 +10,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from pixart_platform.engine import Engine
 from pixart_platform.errors import ManifestError
 from pixart_platform.manifest import FileRecord, Manifest, verify_folder
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 _SCHEMA = "state/1"
 _AVERAGE = "average.safetensors"
@@ -31,7 +32,8 @@ class StateStore:
 
     def find_newest(self) -> int | None:
         """Images seen of the newest complete, undamaged state; None when there is none."""
-        found = sorted((int(p.name) for p in self.folder.glob("[0-9]*")), reverse=True)
+        names = [p.name for p in self.folder.glob("[0-9]*")]
+        found = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
         for images_seen in found:
             path = self.folder / str(images_seen)
             try:
@@ -79,4 +81,3 @@ class StateStore:
 def _size_and_digest(path: Path) -> tuple[int, str]:
     record = FileRecord.of(path)
     return record.num_bytes, record.sha256
-

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pixart_platform.recipe import Count, Section
 from pydantic import Field
 from torch import Tensor, nn
+
+from pixart_platform.recipe import Count, Section
 
 
 class OptimizerSettings(Section):

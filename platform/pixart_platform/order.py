@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pixart_platform.errors import TrainingError
 
 Bucket = tuple[int, int]  # latent height, width
@@ -98,7 +99,7 @@ def _epoch(
 
 
 def slice_of_rank(batch: NDArray[np.int64], rank: int, world_size: int) -> slice:
-    """The part of a global batch that ``rank`` draws. Raises TrainingError if it does not divide."""
+    """The part of a global batch that ``rank`` draws. Raises TrainingError if it cannot divide."""
     share, rest = divmod(len(batch), world_size)
     if rest:
         raise TrainingError(

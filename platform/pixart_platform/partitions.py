@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from pixart_platform.tables import TableWriter, count_statuses
 from ray.data import ActorPoolStrategy, DataContext
+
+from pixart_platform.tables import TableWriter, count_statuses
 
 _PARTITION = "__partition__"
 Transform = Callable[[pa.Table], pa.Table]
@@ -108,5 +109,3 @@ class _Write:
                 "counts": pa.array([list(counts.values())], pa.list_(pa.int64())),
             }
         )
-
-

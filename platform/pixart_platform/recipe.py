@@ -9,12 +9,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pixart_platform.errors import RecipeError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from pixart_platform.errors import RecipeError
 
 _SUFFIX = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
@@ -31,7 +33,7 @@ def parse_count(value: object) -> object:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", value.strip().replace("_", ""))
         if not match:
             raise ValueError(f"{value!r} is not a count; write 2000000, 2_000_000 or 2M (k, M, B)")
-        scaled = float(match[1]) * _SUFFIX[match[2]]
+        scaled = Decimal(match[1]) * _SUFFIX[match[2]]
         if scaled != int(scaled):
             raise ValueError(f"{value!r} is not a whole number")
         return int(scaled)
@@ -76,10 +78,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: the value is not valid YAML") from error
     node = raw
     for key in keys[:-1]:
-        child = node.setdefault(key, {})
+        child = node.get(key, {})
         if not isinstance(child, dict):
             raise RecipeError(f"--set {override}: {key} is a value, not a section")
-        node = child
+        node[key] = dict(child)  # a copy: YAML aliases share one
+        node = node[key]
     node[keys[-1]] = value
 
 
@@ -87,7 +90,7 @@ def _explain(error: ValidationError, path: Path, schema: type[BaseModel]) -> str
     """One line for each fault: place, value, what would be right."""
     lines = []
     for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        place = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(fault["loc"][-1]), _keys(schema), n=1)
@@ -95,6 +98,8 @@ def _explain(error: ValidationError, path: Path, schema: type[BaseModel]) -> str
             lines.append(f"recipe {path}: {place}: {message}")
         elif fault["type"] == "missing":
             lines.append(f"recipe {path}: {place}: is required")
+        elif isinstance(fault["input"], dict) and fault["type"] == "value_error":
+            lines.append(": ".join(filter(None, (f"recipe {path}", place, message))))
         else:
             lines.append(f"recipe {path}: {place} = {fault['input']!r}: {message}")
     return "\n".join(lines)
@@ -103,7 +108,10 @@ def _explain(error: ValidationError, path: Path, schema: type[BaseModel]) -> str
 def _keys(schema: type[BaseModel]) -> set[str]:
     """Every key of a schema and the sections below it, for suggestions."""
     found: set[str] = set()
-    for definition in [schema.model_json_schema(), *schema.model_json_schema().get("$defs", {}).values()]:
+    for definition in [
+        schema.model_json_schema(),
+        *schema.model_json_schema().get("$defs", {}).values(),
+    ]:
         found |= set(definition.get("properties", {}))
     return found
 

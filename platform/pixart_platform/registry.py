@@ -4,15 +4,18 @@ A version points at a snapshot folder and carries its digest, so whoever loads i
 the bytes are the ones that were registered. Weights never pass through MLflow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from pixart_platform.errors import ManifestError, RegistryError
 from pixart_platform.manifest import load_manifest, verify_folder
 from pixart_platform.tracking import quiet_mlflow
 
 DIGEST_TAG = "digest"
+_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @dataclass(frozen=True)
@@ -37,62 +40,84 @@ class Version:
             )
 
 
+@contextmanager
+def _reachable(uri: str) -> Iterator[None]:
+    """Turn what MLflow and its database raise when they cannot answer into a RegistryError."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise RegistryError(f"the registry at {uri} does not answer: {first}") from error
+
+
 class Registry:
-    """The versions of one model family."""
+    """The versions of one model family. Every method raises RegistryError if it is unreachable."""
 
     def __init__(self, uri: str, name: str) -> None:
         quiet_mlflow()
         from mlflow import MlflowClient
 
         self.uri, self.name = uri, name
-        self._client = MlflowClient(uri)
+        with _reachable(uri):
+            self._client = MlflowClient(uri)
 
     def register(self, folder: Path, run_id: str, tags: Mapping[str, str]) -> Version:
         """Register a snapshot; the same bytes from the same run are one version, however often."""
         from mlflow.exceptions import MlflowException
 
         digest = load_manifest(folder).digest
-        try:
-            self._client.create_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        with _reachable(self.uri):
+            try:
+                self._client.create_registered_model(self.name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
         for version in self.versions():
             if version.tags.get(DIGEST_TAG) == digest and version.folder == folder:
                 return version
-        made = self._client.create_model_version(
-            self.name, folder.as_uri(), run_id=run_id, tags={**tags, DIGEST_TAG: digest}
-        )
+        with _reachable(self.uri):
+            made = self._client.create_model_version(
+                self.name, folder.as_uri(), run_id=run_id, tags={**tags, DIGEST_TAG: digest}
+            )
         return self.get(str(made.version))
 
     def versions(self) -> list[Version]:
         """All versions, oldest first."""
-        found = self._client.search_model_versions(f"name = '{self.name}'")
+        with _reachable(self.uri):
+            found = self._client.search_model_versions(f"name = '{self.name}'")
         return sorted((_version(v) for v in found), key=lambda v: v.number)
 
     def get(self, reference: str) -> Version:
         """The version behind a number or alias. Raises RegistryError, naming what there is."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            if reference.isdecimal():
-                return _version(self._client.get_model_version(self.name, reference))
-            return _version(self._client.get_model_version_by_alias(self.name, reference))
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise RegistryError(
-                f"model {self.name!r} has no version or alias {reference!r}; it has "
-                f"{self._known() or 'nothing registered yet'}"
-            ) from error
+        with _reachable(self.uri):
+            try:
+                if reference.isdecimal():
+                    return _version(self._client.get_model_version(self.name, reference))
+                return _version(self._client.get_model_version_by_alias(self.name, reference))
+            except MlflowException as error:
+                if error.error_code not in _UNKNOWN:
+                    raise
+        raise RegistryError(
+            f"model {self.name!r} has no version or alias {reference!r}; it has "
+            f"{self._known() or 'nothing registered yet'}"
+        )
 
     def aliases(self) -> dict[str, int]:
+        """Version number by alias; empty for a model nobody has registered."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            model = self._client.get_registered_model(self.name)
-        except MlflowException:
-            return {}
+        with _reachable(self.uri):
+            try:
+                model = self._client.get_registered_model(self.name)
+            except MlflowException as error:
+                if error.error_code not in _UNKNOWN:
+                    raise
+                return {}
         return {alias: int(number) for alias, number in model.aliases.items()}
 
     def _known(self) -> str:
@@ -100,16 +125,20 @@ class Registry:
         return ", ".join([*aliases, *(f"version {v.number}" for v in self.versions()[-5:])])
 
     def set_alias(self, alias: str, version: Version) -> None:
-        self._client.set_registered_model_alias(self.name, alias, str(version.number))
+        """Point ``alias`` at ``version``, wherever it pointed before."""
+        with _reachable(self.uri):
+            self._client.set_registered_model_alias(self.name, alias, str(version.number))
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            self._client.set_model_version_tag(self.name, str(version.number), key, value)
+        """Add tags to a version."""
+        with _reachable(self.uri):
+            for key, value in tags.items():
+                self._client.set_model_version_tag(self.name, str(version.number), key, value)
 
 
 def _version(raw: object) -> Version:
     from mlflow.entities.model_registry import ModelVersion
 
     assert isinstance(raw, ModelVersion)
-    folder = Path(str(raw.source).removeprefix("file://"))
+    folder = Path(unquote(str(raw.source).removeprefix("file://")))
     return Version(raw.name, int(raw.version), folder, dict(raw.tags))

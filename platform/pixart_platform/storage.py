@@ -8,7 +8,9 @@ arrives with the data plane; until then it is refused by name.
 import hashlib
 import os
 import shutil
-import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pixart_platform.errors import StorageError
@@ -27,36 +29,36 @@ def open_folder(uri: str | Path) -> Path:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` so that readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
+    with _stage(path, data) as staged:
+        os.replace(staged, path)
 
 
 def create_once(path: Path, data: bytes) -> bool:
     """Like write_atomic, but only if ``path`` is absent; returns whether this call made it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _stage(path, data) as staged:
+        try:
+            os.link(staged, path)
+        except FileExistsError:
+            return False
+        return True
+
+
+@contextmanager
+def _stage(path: Path, data: bytes) -> Iterator[Path]:
+    """``data`` in a durable file beside ``path``, gone afterwards. Raises StorageError."""
+    staged = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(name, path)
-        return True
-    except FileExistsError:
-        return False
+        yield staged
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink()
 
 
 def publish_folder(staging: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from pixart_platform.errors import ManifestError
 from pixart_platform.manifest import MANIFEST_FILE, FileRecord, Manifest, load_manifest
 from pixart_platform.recipe import digest_of
@@ -127,7 +128,9 @@ class TableWriter:
             try:
                 records.append(FileRecord(**json.loads(self._record_path(k).read_text())))
             except (OSError, ValueError, TypeError) as error:
-                raise ManifestError(f"{self._record_path(k)}: {error}; run the job again") from error
+                raise ManifestError(
+                    f"{self._record_path(k)}: {error}; run the job again"
+                ) from error
         manifest = Manifest(self.schema, self.settings, self.inputs, tuple(records), extra or {})
         manifest.commit_to(self.folder)
         return Table.open(self.folder)

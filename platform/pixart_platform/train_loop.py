@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor, nn
+
 from pixart_platform.batches import Prefetcher, RowIndex
 from pixart_platform.checkpoint import StateStore
 from pixart_platform.engine import Engine, OptimizerSettings
 from pixart_platform.errors import TrainingError
 from pixart_platform.order import Order, slice_of_rank
 from pixart_platform.seeds import SampleDraws
-from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
 
@@ -142,9 +143,7 @@ def train(
         images_seen += batch_images
         meter.add(mean_loss, batch_images)
         if lead:
-            average.update(
-                engine.parameters(), batch_images=batch_images, images_seen=images_seen
-            )
+            average.update(engine.parameters(), batch_images=batch_images, images_seen=images_seen)
             if settings.is_due(settings.log_every_images, images_seen):
                 metrics = meter.report() | {
                     "learning_rate": rate,

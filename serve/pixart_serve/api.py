@@ -6,7 +6,6 @@ arrive and every refusal has OpenAI's shape, with 400 where FastAPI would say 42
 
 import asyncio
 import base64
-import json
 import logging
 import secrets
 import time
@@ -311,7 +310,7 @@ class _Boundary:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            _LOG.exception("request %s failed", json.dumps(request_id))
+            _LOG.exception("request %s failed", request_id)
             if started:
                 raise
             failure = ApiError(500, "an internal error; its request id is in the log")

@@ -5,10 +5,12 @@ alias nobody set. What goes wrong in a replica comes back as one line too.
 """
 
 import errno
+import logging
 import socket
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 from ray import serve
 from ray.serve.schema import LoggingConfig
@@ -39,11 +41,12 @@ def start(
     Ray must be initialised. Raises RegistryError for an unknown alias, ServiceError for a busy
     port or a version that no replica can load; nothing is left running then.
     """
-    _check_port(settings.host, settings.port)
+    check_port(settings)
     Registry(registry_uri, model_name).get(settings.alias)
     application = build_application(
         settings, registry_uri, model_name, default_steps, default_guidance
     )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         serve.start(
@@ -54,8 +57,9 @@ def start(
         url = f"http://{host}:{settings.port}"
         _wait_for_answer(url)
     except (RuntimeError, TimeoutError) as error:
+        reason = _find_reason() or str(error).splitlines()[0]
         stop()
-        raise ServiceError(f"the drawing service did not start: {_last_line(error)}") from error
+        raise ServiceError(f"the drawing service did not start: {reason}") from error
     except BaseException:
         stop()
         raise
@@ -63,12 +67,16 @@ def start(
 
 
 def stop() -> None:
-    """Finish what was accepted, then stop the service and its proxies; Ray stays up."""
+    """Finish what was accepted (for a minute at most), then stop; Ray stays up."""
+    if APPLICATION in serve.status().applications:
+        with suppress(TimeoutError):  # a shutdown alone would cut pictures short
+            serve.delete(APPLICATION)
     serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _check_port(host: str, port: int) -> None:
-    """Raise ServiceError unless ``port`` can be listened on."""
+def check_port(settings: ServeSettings) -> None:
+    """Raise ServiceError unless the settings' port can be listened on."""
+    host, port = settings.host, settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -98,8 +106,10 @@ def _wait_for_answer(url: str) -> None:
     raise TimeoutError(f"{url}/healthz did not answer within {_ANSWER_SECONDS:.0f} s")
 
 
-def _last_line(error: Exception) -> str:
-    """What a replica's traceback ends with: the named error."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    named = [line for line in lines if line.startswith("pixart_") and ": " in line]
-    return named[-1].partition(": ")[2] if named else next((x for x in lines if x), repr(error))
+def _find_reason() -> str:
+    """The named error that a replica's traceback ends with, if one did."""
+    application = serve.status().applications.get(APPLICATION)
+    deployments = application.deployments.values() if application else []
+    lines = "\n".join(deployment.message for deployment in deployments).splitlines()
+    named = [line.strip() for line in lines if line.strip().startswith("pixart_")]
+    return named[-1].partition(": ")[2] if named else ""

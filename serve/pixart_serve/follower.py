@@ -91,6 +91,8 @@ class Follower:
             self._engine.try_out(loaded, smoke).result(timeout=_SMOKE_SECONDS)
         except OSError:
             raise
+        except PixartError as error:
+            raise VersionRefused(str(error)) from error
         except Exception as error:
             raise VersionRefused(f"{version.name} version {version.number}: {error}") from error
         return loaded

@@ -1,7 +1,7 @@
 """One replica: an engine on a thread, a follower beside it, and the API in front.
 
-Serve sees HTTP requests and decides who gets them; it never sees a step. Its limits are set just
-above the engine's, so that it is the engine that refuses, in OpenAI's words.
+Serve sees HTTP requests and decides who gets them; it never sees a step. Its limits are set above
+the engine's, so that it is the engine that refuses, in OpenAI's words.
 """
 
 import torch
@@ -17,8 +17,8 @@ from pixart_serve.follower import Follower
 from pixart_serve.service import EngineService
 from pixart_serve.settings import ServeSettings
 
-_PROBE_REQUESTS = 16  # room for health and model questions beside the drawings
-_SHUTDOWN_SECONDS = 120.0  # for what was accepted; Serve's own 20 s is less than a long queue
+_BURST_REQUESTS = 256  # being refused, asking for health or models; more than this Serve refuses
+_SHUTDOWN_SECONDS = 60.0  # for what was accepted; Serve's own 20 s is less than a long queue
 _RETRY_AFTER_SECONDS = 5.0
 
 
@@ -86,8 +86,8 @@ def build_application(
         num_replicas=settings.num_replicas,
         # One CPU: Ray gives torch as many threads as an actor has CPUs.
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus},
-        max_ongoing_requests=settings.max_rows + settings.max_queued + _PROBE_REQUESTS,
-        max_queued_requests=settings.max_queued,
+        max_ongoing_requests=settings.max_rows + settings.max_queued + _BURST_REQUESTS,
+        max_queued_requests=_BURST_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_AFTER_SECONDS),
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=_SHUTDOWN_SECONDS,
