@@ -1,5 +1,6 @@
 """The autoencoder: moments out, pictures back, and weights small enough to live in the package."""
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from torch import Tensor
 from pixart_jobs.scenes import compose_scene
 from pixart_models.autoencoder import BUILTIN, Autoencoder, load_autoencoder, sample_moments
 from pixart_models.text import ModelNotFound
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On shared cores a second thread makes tensors this small fifty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

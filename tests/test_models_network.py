@@ -124,6 +124,15 @@ def build_diffusers_dit(config: NetworkConfig, weights: Mapping[str, Tensor]) ->
     return reference.eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On shared cores a second thread makes tensors this small fifty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def pixart() -> PixArt:
     network = PixArt(TINY)
@@ -196,7 +205,7 @@ def test_dit_equals_diffusers_for_every_label_including_null() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_masked_text_equals_trimmed_text(pixart: PixArt, lengths: list[int], seed: int) -> None:
     latents, timesteps = draw(len(lengths), 4, 4, 4, seed=seed), torch.full((len(lengths),), 300.0)
@@ -241,6 +250,7 @@ def test_an_untrained_text_path_does_no_harm() -> None:
     assert torch.equal(output[0], output[1])
 
 
+@settings(deadline=None, derandomize=True)
 @given(h=st.integers(1, 6), w=st.integers(1, 6), base=st.integers(1, 8), factor=st.integers(1, 4))
 def test_a_finer_grid_interpolates_the_coarse_one(h: int, w: int, base: int, factor: int) -> None:
     """512 -> 1024 px with position_scale 2: every second position is one the model has seen."""
@@ -275,7 +285,7 @@ def test_remembered_positions_follow_shape_and_dtype() -> None:
         ({"width": 50, "heads": 4}, "width = 50 is not divisible by heads = 4; try width = 48"),
         ({"width": 6, "heads": 2}, "width = 6: 2-D positions need a multiple of 4"),
         ({"width": 16, "heads": 2, "size_condition": True}, "width = 16: size_condition needs"),
-        ({"sample_size": 9}, "sample_size = 9 is not a multiple of patch = 2"),
+        ({"sample_size": 9}, "sample_size = 9 is no.* multiple of patch = 2"),
         ({"depth": 0}, "network.depth = 0: must be at least 1"),
         ({"latent_channels": -1}, "network.latent_channels = -1: must be at least 1"),
     ],

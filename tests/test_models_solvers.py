@@ -12,6 +12,9 @@ from torch import Tensor
 from pixart_models.diffusion import ObjectiveName
 from pixart_models.solvers import MAX_STEPS, SolverName, build_schedule, guide, solver_step
 
+# diffusers converts a tensor with numpy 1's protocol.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 OBJECTIVES: tuple[ObjectiveName, ...] = ("flow", "iddpm")
 SOLVERS: tuple[SolverName, ...] = ("dpm++2m", "euler")
 EVERY = list(product(OBJECTIVES, SOLVERS))
@@ -88,7 +91,7 @@ def test_timesteps_are_diffusers_before_it_truncates_them(objective: ObjectiveNa
         assert objective == "flow" or torch.equal(ours, theirs.float())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     objective=st.sampled_from(OBJECTIVES),
     rows=st.lists(

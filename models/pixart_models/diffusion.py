@@ -159,6 +159,6 @@ def _discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Ten
     return -torch.where(x < -0.999, upper.clamp(min=1e-12).log(), tail)
 
 
-def get_objective(name: ObjectiveName) -> Objective:
-    """The objective called ``name`` with its published settings."""
-    return RectifiedFlow() if name == "flow" else IDDPM()
+def get_objective(name: ObjectiveName, flow_location: float = 0.0) -> Objective:
+    """The objective called ``name``; ``flow_location`` shifts flow's training timesteps only."""
+    return RectifiedFlow(flow_location) if name == "flow" else IDDPM()

@@ -9,10 +9,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixart_platform.errors import PixartError
 from pixart_platform.tables import Table
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _IDENTITY = "pixart.identity"
 _MAX_PARAM = 500
@@ -27,6 +30,19 @@ def quiet_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def connect(uri: str) -> "MlflowClient":
+    """A client of the store at ``uri``. Raises PixartError if it cannot be opened."""
+    quiet_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return MlflowClient(uri)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise PixartError(f"MLflow at {uri}: {str(error).strip().splitlines()[0]}") from error
+
+
 def sqlite_uri(folder: Path) -> str:
     """The embedded store of one person: ``folder/mlflow.db``."""
     return f"sqlite:///{folder / 'mlflow.db'}"
@@ -36,11 +52,8 @@ class Tracker:
     """Logs to one run. Cheap to make anywhere from (uri, run_id)."""
 
     def __init__(self, uri: str, run_id: str) -> None:
-        quiet_mlflow()
-        from mlflow import MlflowClient
-
         self.uri, self.run_id = uri, run_id
-        self._client = MlflowClient(uri)
+        self._client = connect(uri)
 
     @classmethod
     def start(
@@ -55,12 +68,9 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
     ) -> "Tracker":
         """The run with this ``identity`` in ``experiment``: found and reopened, or created."""
-        quiet_mlflow()
-        import mlflow
-        from mlflow import MlflowClient
+        client = connect(uri)
         from mlflow.exceptions import MlflowException
 
-        client = MlflowClient(uri)
         try:
             found = client.get_experiment_by_name(experiment)
             location = (artifacts / "artifacts").as_uri()
@@ -79,7 +89,6 @@ class Tracker:
         tracker = cls(uri, run.info.run_id)
         for key, value in _flatten(params or {}).items():
             client.log_param(tracker.run_id, key, str(value)[:_MAX_PARAM])
-        assert mlflow.__version__
         return tracker
 
     def log_metrics(self, metrics: Mapping[str, float], images_seen: int) -> None:

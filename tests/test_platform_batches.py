@@ -1,0 +1,252 @@
+"""From tables to batches: conditions, the rows a stage may use, and reading ahead."""
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from builders import Row, repeatable, write_table
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pixart_platform.batches import Condition, Prefetcher, RowIndex
+from pixart_platform.errors import ManifestError, RecipeError
+from pixart_platform.order import Bucket, Order
+from pixart_platform.tables import ROW_GROUP_ROWS, Table
+
+NUMBERS = pa.table({"a": pa.array([1, 2, None, 4]), "b": pa.array([0.5, None, 2.5, -1.0])})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", [True, True, True, True]),
+        ("a >= 2", [False, True, False, True]),
+        ("a > 2", [False, False, False, True]),
+        ("a <= 2", [True, True, False, False]),
+        ("a<2", [True, False, False, False]),
+        ("a == 4", [False, False, False, True]),
+        ("a != 4", [True, True, False, False]),
+        ("b < 0", [False, False, False, True]),
+        ("b >= -1.0", [True, False, True, True]),
+        ("a >= 1 and b > 0", [True, False, False, False]),
+        ("a >= 1  and  a >= 2 and b >= -5", [False, False, False, True]),
+    ],
+)
+def test_a_condition_selects_rows_and_null_satisfies_none(text: str, expected: list[bool]) -> None:
+    assert Condition.parse(text).select(NUMBERS).tolist() == expected
+
+
+@repeatable
+@given(
+    st.sampled_from(["<", "<=", ">", ">=", "==", "!="]),
+    st.integers(-9, 9),
+    st.lists(st.integers(-9, 9), max_size=20),
+)
+def test_a_condition_means_what_python_means(op: str, number: int, values: list[int]) -> None:
+    selected = Condition.parse(f"x {op} {number}").select(pa.table({"x": pa.array(values, pa.int32())}))
+    assert selected.tolist() == [eval(f"{value} {op} {number}") for value in values]
+
+
+def test_a_condition_names_its_columns_once() -> None:
+    assert Condition.parse("b > 1 and a < 2 and b < 3").columns == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["quality", "quality >=", ">= 0.6", "quality => 1", "quality >= high", "a >= 1 or b >= 2",
+     "quality >= 0.6; import os", "a = 1", "a >= 1, b >= 2"],
+)  # fmt: skip
+def test_a_bad_condition_shows_itself_and_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not 'column op number', e.g. 'quality >= 0.6'"):
+        Condition.parse(text)
+
+
+# Two partitions; the first spans three row groups. Rejected rows and shapes are spread over them.
+SIZES = (2 * ROW_GROUP_ROWS + 40, 30)
+SHAPES: tuple[Bucket, ...] = ((4, 4), (2, 8))
+
+
+class Case:
+    """Aligned images, text and latents, and what each row should be, counted by hand."""
+
+    def __init__(self, root: Path) -> None:
+        rng = np.random.default_rng(0)
+        images: list[list[Row]] = []
+        text: list[list[Row]] = []
+        latents: list[list[Row]] = []
+        self.eligible: dict[Bucket, list[int]] = {shape: [] for shape in SHAPES}
+        number = 0
+        for size in SIZES:
+            images.append([])
+            text.append([])
+            latents.append([])
+            for _ in range(size):
+                bad_image, bad_text = (bool(b) for b in rng.random(2) < 0.2)
+                quality = None if rng.random() < 0.1 else float(rng.integers(0, 10)) / 8
+                shape = SHAPES[int(rng.integers(2))]
+                status = "rejected: broken" if bad_image else "ok"
+                images[-1].append({"status": status, "quality": quality, "label": number})
+                text_status = status if bad_image else "rejected: empty" if bad_text else "ok"
+                text[-1].append({"status": text_status, "features": f"t{number}".encode()})
+                height, width = (0, 0) if bad_image else shape
+                latents[-1].append(
+                    {"status": status, "moments": f"m{number}".encode(), "bucket_h": height,
+                     "bucket_w": width}
+                )  # fmt: skip
+                if text_status == "ok" and quality is not None and quality >= 0.5:
+                    self.eligible[shape].append(number)
+                number += 1
+        self.images = write_table(root / "images", "images/1", images)
+        self.text = write_table(root / "text", "text/1", text)
+        self.latents = write_table(root / "latents", "latents/1", latents)
+
+    @property
+    def tables(self) -> dict[str, tuple[Table, list[str]]]:
+        return {
+            "images": (self.images, ["label"]),
+            "latents": (self.latents, ["moments"]),
+            "text": (self.text, ["features"]),
+        }
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module")
+def index(case: Case) -> RowIndex:
+    return RowIndex(case.tables, Condition.parse("quality >= 0.5"))
+
+
+def test_only_rows_ok_in_every_table_that_meet_the_condition_are_counted(
+    case: Case, index: RowIndex
+) -> None:
+    assert {b: sum(counts) for b, counts in index.counts.items()} == {
+        bucket: len(rows) for bucket, rows in case.eligible.items()
+    }
+    assert min(map(len, case.eligible.values())) > 50, "the case must not be trivial"
+
+
+def test_counts_are_by_row_group(case: Case, index: RowIndex) -> None:
+    edges = [0, ROW_GROUP_ROWS, 2 * ROW_GROUP_ROWS, SIZES[0], sum(SIZES)]
+    for bucket, rows in case.eligible.items():
+        assert index.counts[bucket] == np.histogram(rows, edges)[0].tolist()
+
+
+@repeatable
+@given(st.data())
+def test_any_samples_are_fetched_in_order_from_every_table(
+    case: Case, index: RowIndex, data: st.DataObject
+) -> None:
+    bucket = data.draw(st.sampled_from(SHAPES))
+    rows = case.eligible[bucket]
+    samples = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=40))
+    found = index.fetch(bucket, np.array(samples))
+    expected = [rows[sample] for sample in samples]
+    assert found == {
+        "images.label": expected,
+        "latents.moments": [f"m{n}".encode() for n in expected],
+        "text.features": [f"t{n}".encode() for n in expected],
+    }
+
+
+def test_an_epoch_of_an_order_fetches_every_eligible_row_once(case: Case, index: RowIndex) -> None:
+    for bucket, rows in case.eligible.items():
+        order = Order.over({bucket: index.counts[bucket]}, batch_images=len(rows), seed=1)
+        found = index.fetch(*order.batch(0))["images.label"]
+        assert found != rows
+        assert sorted(found) == rows
+
+
+def test_without_a_condition_only_the_status_counts(case: Case) -> None:
+    whole = RowIndex({"images": (case.images, []), "latents": (case.latents, [])}, Condition(()))
+    assert sum(sum(c) for c in whole.counts.values()) == case.images.manifest.counts["ok"]
+    assert whole.fetch(SHAPES[0], np.array([0, 1])) == {}
+
+
+def test_a_condition_that_rejects_every_row_leaves_nothing(case: Case) -> None:
+    empty = RowIndex(case.tables, Condition.parse("quality > 100"))
+    assert not any(map(sum, empty.counts.values()))
+
+
+@pytest.mark.parametrize("column", ["beauty", "status", "raw_caption"])
+def test_a_condition_on_no_column_of_numbers_names_it_and_those_there_are(
+    case: Case, column: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"where: .*'{column}'.*'label', 'quality'"):
+        RowIndex(case.tables, Condition.parse(f"{column} >= 1"))
+
+
+def test_tables_that_do_not_line_up_are_refused(case: Case, tmp_path: Path) -> None:
+    short = write_table(tmp_path, "text/1", [[{"features": b""}]])
+    with pytest.raises(ManifestError, match="does not line up"):
+        RowIndex(case.tables | {"text": (short, ["features"])}, Condition(()))
+
+
+def num_prefetch_threads() -> int:
+    return sum(t.name.startswith("prefetch") for t in threading.enumerate())
+
+
+def test_items_come_in_order_and_all_of_them() -> None:
+    def make(n: int) -> int:
+        time.sleep(0.003 if n % 3 == 0 else 0)
+        return n * n
+
+    assert list(Prefetcher(make, 5, 25)) == [n * n for n in range(5, 25)]
+    assert list(Prefetcher(make, 5, 5)) == []
+    assert num_prefetch_threads() == 0
+
+
+def test_the_next_items_are_made_before_they_are_asked_for() -> None:
+    made: list[int] = []
+    items = iter(Prefetcher(lambda n: made.append(n) or n, 0, 10, depth=3))
+    assert next(items) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert made == [0, 1, 2], "three are under way, and no more"
+    assert list(items) == list(range(1, 10))
+
+
+def test_an_error_comes_at_its_item_and_ends_the_thread() -> None:
+    def make(n: int) -> int:
+        if n == 6:
+            raise ManifestError("part-00006.parquet: cannot be read")
+        return n
+
+    seen: list[int] = []
+    with pytest.raises(ManifestError, match="part-00006"):
+        seen.extend(Prefetcher(make, 3, 20))
+    items = iter(Prefetcher(make, 3, 20))
+    assert list(islice(items, 3)) == [3, 4, 5]
+    with pytest.raises(ManifestError, match="part-00006"):
+        next(items)
+    assert num_prefetch_threads() == 0
+
+
+def test_abandoning_it_stops_the_thread_and_makes_no_more() -> None:
+    made: list[int] = []
+
+    def make(n: int) -> int:
+        made.append(n)
+        time.sleep(0.005)
+        return n
+
+    def abandon() -> Iterator[int]:
+        for n in Prefetcher(make, 0, 10_000, depth=4):
+            yield n
+            if n == 2:
+                return
+
+    assert list(abandon()) == [0, 1, 2]
+    deadline = time.monotonic() + 10
+    while num_prefetch_threads() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert num_prefetch_threads() == 0
+    assert len(made) <= 7
