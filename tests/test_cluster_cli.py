@@ -11,7 +11,8 @@ from processes import run
     [
         (["run", "digits", "--dry-run", "--set", "train.num_wrkers=2"],
          "train.num_wrkers: unknown key; did you mean 'num_workers'?"),
-        (["run", "nowhere.yaml"], "recipe nowhere.yaml: cannot be read (No such file or directory)"),
+        (["run", "nowhere.yaml"],
+         "recipe nowhere.yaml: cannot be read (No such file or directory)"),
     ],
 )  # fmt: skip
 def test_a_typo_costs_one_line(

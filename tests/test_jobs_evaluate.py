@@ -82,9 +82,7 @@ def make_png(value: int) -> bytes:
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 1), (8, 1), (9, 2), (32, 4), (100, 4)])
-def test_a_sheet_shows_the_first_pictures_row_by_row(
-    tmp_path: Path, count: int, rows: int
-) -> None:
+def test_a_sheet_shows_the_first_pictures_row_by_row(tmp_path: Path, count: int, rows: int) -> None:
     _write_sheet(tmp_path / "deep" / "sheet.png", [make_png(i) for i in range(count)])
     sheet = np.asarray(Image.open(tmp_path / "deep" / "sheet.png"))
     assert sheet.shape == (4 * rows, 6 * 8, 3)
@@ -94,11 +92,11 @@ def test_a_sheet_shows_the_first_pictures_row_by_row(
 
 def test_an_evaluation_is_finished_when_its_result_is_there(tmp_path: Path) -> None:
     plan = EvaluationPlan(tmp_path, tmp_path / "snapshot", {})
-    assert not plan.is_finished
     (tmp_path / "sheet.png").write_bytes(make_png(1))
-    assert not plan.is_finished
+    finished = [plan.is_finished]
     result = {"metrics": {"digit_accuracy": 0.5}, "prompts": ["a red three"]}
     plan.result_path.write_text(json.dumps(result))
-    assert plan.is_finished
+    finished.append(plan.is_finished)
+    assert finished == [False, True]
     found = load(plan)
     assert (found.metrics, found.prompts) == (result["metrics"], ("a red three",))

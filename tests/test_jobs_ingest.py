@@ -245,7 +245,7 @@ def test_a_partition_keeps_every_row_in_order() -> None:
 def quality_of(noise: Callable[[np.random.Generator], float]) -> list[float]:
     """Qualities of scenes with noise of a chosen standard deviation added to clean ones."""
     rng = np.random.default_rng(3)
-    found = []
+    found: list[float] = []
     while len(found) < 25:
         scene = compose(sample_reading(rng, held_out=False), "train", rng)
         if measure_quality(scene.image) > 0.7:

@@ -30,9 +30,9 @@ def test_a_version_that_reaches_every_gate_passes() -> None:
 
 
 def test_a_gate_names_its_metric_and_by_how_much_it_was_missed() -> None:
-    message = refuse({"digit_accuracy": 0.8}, {"digit_accuracy": 0.7125})
+    message = refuse({"digit_accuracy": 0.8}, {"digit_accuracy": 0.7})
     assert "digits version 7 is not promoted" in message
-    assert "digit_accuracy = 0.713 is below 0.8 by 0.087" in message
+    assert "digit_accuracy = 0.700 is below 0.8 by 0.100" in message
     assert "Train longer, or lower evaluate.minimum" in message
 
 

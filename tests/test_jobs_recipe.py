@@ -13,8 +13,9 @@ def refuse(*overrides: str) -> str:
     with pytest.raises(RecipeError) as caught:
         read_recipe("digits", overrides)
     message = str(caught.value)
-    assert len(message) < 400, "one readable line, not a dump of the recipe"
-    assert message.startswith(f"recipe {RECIPES / 'digits.yaml'}: ")
+    for line in message.splitlines():
+        assert len(line) < 400, "a readable line, not a dump of the recipe"
+        assert line.startswith(f"recipe {RECIPES / 'digits.yaml'}: ")
     return message
 
 
@@ -31,12 +32,6 @@ def test_a_built_in_recipe_can_be_read_and_built(name: str) -> None:
 def test_an_unknown_name_says_what_is_built_in() -> None:
     with pytest.raises(RecipeError, match=r"'digitz' is not built in .there is: .*digits"):
         read_recipe("digitz")
-
-
-def test_a_recipe_is_frozen() -> None:
-    recipe = read_recipe("digits")
-    with pytest.raises(ValueError, match="frozen"):
-        recipe.seed = 5
 
 
 @pytest.mark.parametrize(

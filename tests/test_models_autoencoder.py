@@ -1,6 +1,5 @@
 """The autoencoder: moments out, pictures back, and weights small enough to live in the package."""
 
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,15 +12,6 @@ from torch import Tensor
 from pixart_jobs.scenes import compose_scene
 from pixart_models.autoencoder import BUILTIN, Autoencoder, load_autoencoder, sample_moments
 from pixart_models.text import ModelNotFound
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On shared cores a second thread makes tensors this small fifty times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +48,16 @@ def test_an_unseen_scene_survives_the_round_trip(
     error = np.abs(decoded.astype(int) - scenes).mean(axis=(1, 2, 3))  # of 255; a flat one: 22
     assert error.mean() < 6
     assert error.max() < 16
+
+
+def test_decoding_undoes_the_scale_and_rounds_to_the_nearest_value(
+    autoencoder: Autoencoder, moments: Tensor
+) -> None:
+    mean = moments[:1, :8]
+    with torch.inference_mode():
+        exact = (autoencoder.model.decode(mean).sample[0] + 1).clamp(0, 2) * 127.5
+    decoded = torch.from_numpy(autoencoder.decode(mean * autoencoder.scale)[0]).permute(2, 0, 1)
+    assert (decoded - exact).abs().max() < 0.51
 
 
 def test_scaled_latents_have_about_unit_variance(autoencoder: Autoencoder, moments: Tensor) -> None:

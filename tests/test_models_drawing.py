@@ -1,7 +1,7 @@
 """Drawing: a picture is its own row's business; snapshots come back whole or not at all."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,6 @@ def randomize(network: nn.Module, seed: int = 0) -> None:
         fan_in = parameter.shape[-1]
         parameter.data = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
     network.eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On shared cores a second thread makes tensors this small fifty times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

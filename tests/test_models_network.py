@@ -124,15 +124,6 @@ def build_diffusers_dit(config: NetworkConfig, weights: Mapping[str, Tensor]) ->
     return reference.eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On shared cores a second thread makes tensors this small fifty times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def pixart() -> PixArt:
     network = PixArt(TINY)

@@ -1,6 +1,5 @@
 """Text encoders: features at their true length, the same in any batch, from weights that stay."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +23,6 @@ PROMPTS = [
     "",
     "caf\u00e9 \U0001f36a in Z\u00fcrich",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On shared cores a second thread makes tensors this small fifty times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,15 @@ from pixart_platform.accounting import AccountingSettings, Cost, measure
 def test_a_measured_block_is_charged_even_when_it_fails() -> None:
     settings = AccountingSettings(country="FRA", usd_per_hour=36.0)
 
-    def work() -> None:
-        time.sleep(0.3)
-        raise KeyError("the work itself failed")
-
     kept: list[Cost] = []
-    with pytest.raises(KeyError), measure(settings) as cost:
-        kept.append(cost)
+
+    def work() -> None:
+        with measure(settings) as cost:
+            kept.append(cost)
+            time.sleep(0.3)
+            raise KeyError("the work itself failed")
+
+    with pytest.raises(KeyError):
         work()
     (cost,) = kept
     assert 0.3 <= cost.seconds < 30

@@ -48,7 +48,9 @@ def test_a_condition_selects_rows_and_null_satisfies_none(text: str, expected: l
     st.lists(st.integers(-9, 9), max_size=20),
 )
 def test_a_condition_means_what_python_means(op: str, number: int, values: list[int]) -> None:
-    selected = Condition.parse(f"x {op} {number}").select(pa.table({"x": pa.array(values, pa.int32())}))
+    selected = Condition.parse(f"x {op} {number}").select(
+        pa.table({"x": pa.array(values, pa.int32())})
+    )
     assert selected.tolist() == [eval(f"{value} {op} {number}") for value in values]
 
 
@@ -205,7 +207,12 @@ def test_items_come_in_order_and_all_of_them() -> None:
 
 def test_the_next_items_are_made_before_they_are_asked_for() -> None:
     made: list[int] = []
-    items = iter(Prefetcher(lambda n: made.append(n) or n, 0, 10, depth=3))
+
+    def make(n: int) -> int:
+        made.append(n)
+        return n
+
+    items = iter(Prefetcher(make, 0, 10, depth=3))
     assert next(items) == 0
     deadline = time.monotonic() + 10
     while len(made) < 3 and time.monotonic() < deadline:

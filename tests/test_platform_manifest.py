@@ -153,7 +153,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 )
 def test_a_malformed_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST_FILE).write_text(text)
-    with pytest.raises(ManifestError, match="manifest.json: unreadable .*restore it or redo"):
+    with pytest.raises(ManifestError, match=r"manifest.json: unreadable .*restore it or redo"):
         load_manifest(tmp_path)
 
 

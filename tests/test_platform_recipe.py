@@ -70,7 +70,7 @@ def test_what_is_no_count_is_refused_with_examples(text: str) -> None:
 
 
 def test_a_fraction_of_an_image_is_refused() -> None:
-    with pytest.raises(ValidationError, match="'1.0005k' is not a whole number"):
+    with pytest.raises(ValidationError, match=r"'1.0005k' is not a whole number"):
         COUNT.validate_python("1.0005k")
 
 
@@ -80,8 +80,11 @@ def test_an_unknown_key_names_the_file_the_path_and_the_nearest_key(tmp_path: Pa
     assert message == f"{place}: unknown key; did you mean 'images'?"
 
 
-def test_a_key_like_no_other_gets_no_suggestion(tmp_path: Path) -> None:
-    assert fail(tmp_path, "name: x\nzzzzzz: 1").endswith("zzzzzz: unknown key")
+def test_a_key_like_no_other_of_its_section_says_which_there_are(tmp_path: Path) -> None:
+    message = fail(tmp_path, "name: x\nzzzzzz: 1")
+    assert message.endswith("zzzzzz: unknown key; there are name, seed, sides, stages")
+    message = fail(tmp_path, "name: x\nstages: {align: {learning_rate: 1}}")
+    assert message.endswith("learning_rate: unknown key; there are images, optimizer")
 
 
 def test_a_bad_value_names_its_place_and_itself(tmp_path: Path) -> None:
@@ -173,7 +176,7 @@ def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
 def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"\xff\xfe\x00name")
-    with pytest.raises(RecipeError, match="recipe .*recipe.yaml: not valid YAML"):
+    with pytest.raises(RecipeError, match=r"recipe .*recipe.yaml: not valid YAML"):
         load_recipe(path, Document)
 
 

@@ -77,7 +77,7 @@ def test_a_reader_sees_the_old_bytes_or_the_new_ones_and_never_a_mix(tmp_path: P
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"old")
-    with small_disk(1000), pytest.raises(StorageError, match="file: cannot be written .File too"):
+    with small_disk(1000), pytest.raises(StorageError, match=r"file: cannot be written .File too"):
         write_atomic(path, b"x" * BIG)
     assert path.read_bytes() == b"old"
     assert names_in(tmp_path) == ["file"]
@@ -93,7 +93,7 @@ def test_a_full_disk_creates_nothing_and_the_next_try_wins(tmp_path: Path) -> No
 
 def test_writing_over_a_folder_is_refused_by_name_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(StorageError, match="taken: cannot be written .Is a directory"):
+    with pytest.raises(StorageError, match=r"taken: cannot be written .Is a directory"):
         write_atomic(tmp_path / "taken", b"x")
     assert names_in(tmp_path) == ["taken"]
 

@@ -166,7 +166,7 @@ def test_a_lost_or_damaged_partition_is_named(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"part-00000.parquet: cannot be read .*restore it"):
         table.read(0)
     table.path(0).unlink()
-    with pytest.raises(ManifestError, match="part-00000.parquet: cannot be read"):
+    with pytest.raises(ManifestError, match=r"part-00000.parquet: cannot be read"):
         table.read(0)
 
 

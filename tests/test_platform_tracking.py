@@ -76,7 +76,9 @@ def test_a_table_is_logged_as_a_dataset_once_however_often(store: Store, tmp_pat
     tracker = store.start("align:datasets")
     tracker.log_table(table, "training")
     tracker.log_table(table, "training")
-    (found,) = store.client.get_run(tracker.run_id).inputs.dataset_inputs
+    inputs = store.client.get_run(tracker.run_id).inputs
+    assert inputs is not None
+    (found,) = inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("captions-1", table.digest)
     assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "training")]
 

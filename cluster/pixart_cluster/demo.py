@@ -4,7 +4,6 @@ Nothing here is special to the demo but the last steps: the pipeline is the code
 """
 
 import base64
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,8 @@ def request_picture(url: str, model: str, prompt: str) -> bytes:
 
 def next_steps(root: Path, recipe: FullRecipe) -> str:
     """Three commands to try."""
-    where = os.path.relpath(root)
+    here = Path.cwd()
+    where = root.relative_to(here) if root.is_relative_to(here) else root
     return "\n".join(
         [
             f'pixart serve --root {where}      # then POST {{"prompt": ...}} to '

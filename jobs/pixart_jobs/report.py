@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pixart_jobs.ingest import decode_image
 from pixart_jobs.pipeline import Result
 from pixart_platform.storage import write_atomic
 from pixart_platform.tables import OK
@@ -105,7 +106,7 @@ def _captions(result: Result) -> str:
     rows: list[str] = []
     for item, caption in zip(images, captions, strict=True):
         if item["status"] == OK and len(rows) < _CAPTION_SAMPLES:
-            thumbnail = Image.open(io.BytesIO(item["bytes"])).convert("RGB")
+            thumbnail = Image.fromarray(decode_image(item["bytes"]))
             thumbnail.thumbnail((192, 192))
             buffer = io.BytesIO()
             thumbnail.save(buffer, format="png")

@@ -49,10 +49,7 @@ class UnreadableImage(ValueError):
 
 def describe(reading: Reading) -> str:
     """The dense caption of a scene, for example ``a red three to the left of a blue seven``."""
-    nouns = [
-        f"{'an' if DIGIT_NAMES[d] == 'eight' and not c else 'a'} {c} {DIGIT_NAMES[d]}"
-        for d, c in zip(reading.digits, reading.colors, strict=True)
-    ]
+    nouns = [f"a {c} {DIGIT_NAMES[d]}" for d, c in zip(reading.digits, reading.colors, strict=True)]
     if reading.relation is None:
         return f"{nouns[0]} in the middle of a dark picture"
     relation = "to the left of" if reading.relation == "left of" else "above"

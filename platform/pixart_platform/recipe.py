@@ -93,8 +93,10 @@ def _explain(error: ValidationError, path: Path, schema: type[BaseModel]) -> str
         place = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(fault["loc"][-1]), _keys(schema), n=1)
-            message = "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+            keys = _siblings(schema, fault["loc"])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(keys)}"
+            message = f"unknown key; {hint}"
             lines.append(f"recipe {path}: {place}: {message}")
         elif fault["type"] == "missing":
             lines.append(f"recipe {path}: {place}: is required")
@@ -105,15 +107,17 @@ def _explain(error: ValidationError, path: Path, schema: type[BaseModel]) -> str
     return "\n".join(lines)
 
 
-def _keys(schema: type[BaseModel]) -> set[str]:
-    """Every key of a schema and the sections below it, for suggestions."""
-    found: set[str] = set()
-    for definition in [
-        schema.model_json_schema(),
-        *schema.model_json_schema().get("$defs", {}).values(),
-    ]:
-        found |= set(definition.get("properties", {}))
-    return found
+def _siblings(schema: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The keys a schema knows in the section that holds ``place``."""
+    root = schema.model_json_schema()
+    node = root
+    for part in place[:-1]:
+        named = node.get("patternProperties", {}).values()
+        others = next(iter(named), node.get("additionalProperties"))
+        node = node.get("properties", {}).get(part) or others or {}
+        if "$ref" in node:
+            node = root["$defs"][node["$ref"].rpartition("/")[2]]
+    return sorted(node.get("properties", {}))
 
 
 def digest_of(document: Mapping[str, Any]) -> str:
