@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from builders import write_table
+from builders import Row, write_table
 from PIL import Image
 
 from pixart_cluster.recipe import read_recipe
@@ -32,11 +32,11 @@ def make_png() -> bytes:
 
 def make_result(root: Path) -> Result:
     """A pipeline of one stage whose texts come from the outside world, and are hostile."""
-    images = [
+    images: list[Row] = [
         {"bytes": make_png(), "raw_caption": ATTACK},
         {"bytes": b"", "status": "rejected: empty file", "source": ATTACK},
     ]
-    captions = [{"caption": f"a caption {ATTACK}"}, {"caption": "", "status": images[1]["status"]}]
+    captions: list[Row] = [{"caption": f"a caption {ATTACK}"}, images[1] | {"caption": ""}]
     tables = {
         "images": write_table(root / "images", "images/1", [images]),
         "captions": write_table(root / "captions", "captions/1", [captions]),

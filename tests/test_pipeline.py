@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from processes import MINI, count_alive, family, kill, run, start, train_workers, wait_for
 
+from pixart_jobs.scenes import compose_scene
 from pixart_platform.manifest import verify_folder
 from pixart_platform.registry import Registry
 from pixart_platform.tracking import sqlite_uri
@@ -110,6 +112,47 @@ def test_killed_worker_and_killed_driver_change_nothing(demo_root: Path, tmp_pat
     for stage in ("pixels", "align", "aesthetics"):
         ours, theirs = (snapshot_of(r, stage) / "model.safetensors" for r in (root, demo_root))
         assert ours.read_bytes() == theirs.read_bytes(), f"{stage} differs"
+
+
+def test_any_folder_of_images_works_and_broken_ones_are_listed(tmp_path: Path) -> None:
+    folder, root = tmp_path / "pictures", tmp_path / "run"
+    folder.mkdir()
+    for i in range(24):
+        (folder / f"a_small_scene_{i}.png").write_bytes(compose_scene(i, seed=5).png())
+    whole = (folder / "a_small_scene_0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "words.jpg").write_text("this is not an image")
+
+    short = [f"stages.{s}.images=16" for s in ("pixels", "align", "aesthetics")]
+    settings = [f"data.source=folder:{folder}", "name=mine", *short]
+    done = run("run", MINI, "--root", root, *(x for s in settings for x in ("--set", s)))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 26 rows rejected" in done.stdout
+    page = (root / "report.html").read_text()
+    assert "cut.png" in page
+    assert "words.jpg" in page
+    assert json.loads((root / "summary.json").read_text())["rejected_images"] == 2
+    assert Registry(sqlite_uri(root), "mine").aliases() == {"stage1": 1, "stage2": 2, "stage3": 3}
+
+
+def test_busy_port_is_one_line_before_any_work(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("demo", MINI, "--root", tmp_path / "run", "--set", f"serve.port={port}")
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: port {port} .*--set serve.port=\d+\n", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_serving_an_unknown_alias_names_what_there_is(demo_root: Path) -> None:
+    done = run("serve", MINI, "--root", demo_root, "--set", "serve.alias=nobody")
+    assert done.returncode == 2
+    assert "no version or alias 'nobody'" in done.stderr
+    assert "champion (version 3)" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def snapshot_is_missing(root: Path, stage: str) -> bool:

@@ -134,3 +134,13 @@ def test_stray_files_beside_the_states_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "300 (copy)").mkdir()
     (tmp_path / "400").touch()
     assert StateStore(tmp_path, "run").find_newest() == 100
+
+
+def test_the_newest_complete_states_are_kept_and_unfinished_ones_left_alone(tmp_path: Path) -> None:
+    for images_seen in (100, 900, 1000, 1100):
+        save(tmp_path, images_seen)
+    (tmp_path / "1100" / MANIFEST_FILE).unlink()
+    save(tmp_path, 50).rename(tmp_path / "50 (copy)")
+    StateStore(tmp_path, "run", keep=2)._prune()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["1000", "1100", "50 (copy)", "900"]

@@ -7,6 +7,7 @@ bytes), removed at the end; if the work fails, the logs are kept beside it first
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ _MIN_CPUS = 4  # logical: two workers and a replica share two cores when they mu
 def quiet_environment() -> None:
     """Settle chatty libraries before they are imported; a user's own settings win."""
     defaults = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",  # also for whatever imports it in a worker
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray's C++ core writes notices over our lines
@@ -44,6 +46,7 @@ def local_ray(logs_to: Path) -> Iterator[Path]:
     import ray.data
 
     _remove_stale()
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to HOME
     scratch = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     try:
         ray.init(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixart_platform.engine import Engine
 from pixart_platform.errors import ManifestError
-from pixart_platform.manifest import FileRecord, Manifest, verify_folder
+from pixart_platform.manifest import MANIFEST_FILE, FileRecord, Manifest, verify_folder
 
 _SCHEMA = "state/1"
 _AVERAGE = "average.safetensors"
@@ -32,9 +32,7 @@ class StateStore:
 
     def find_newest(self) -> int | None:
         """Images seen of the newest complete, undamaged state; None when there is none."""
-        names = [p.name for p in self.folder.glob("[0-9]*")]
-        found = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-        for images_seen in found:
+        for images_seen in reversed(self._list()):
             path = self.folder / str(images_seen)
             try:
                 manifest = verify_folder(path)
@@ -44,6 +42,11 @@ class StateStore:
             if manifest.settings.get("digest") == self.settings_digest:
                 return images_seen
         return None
+
+    def _list(self) -> list[int]:
+        """Images seen of every state folder, complete or not, oldest first."""
+        names = [p.name for p in self.folder.glob("[0-9]*")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def save(self, engine: Engine, images_seen: int, average: dict[str, Tensor] | None) -> None:
         """Save a state. Collective; rank 0 passes the average and commits."""
@@ -73,7 +76,7 @@ class StateStore:
         return load_file(path / _AVERAGE, device=device) if engine.rank == 0 else {}
 
     def _prune(self) -> None:
-        complete = sorted(int(p.parent.name) for p in self.folder.glob("*/manifest.json"))
+        complete = [n for n in self._list() if (self.folder / str(n) / MANIFEST_FILE).is_file()]
         for images_seen in complete[: -self.keep]:
             shutil.rmtree(self.folder / str(images_seen))
 

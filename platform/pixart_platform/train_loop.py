@@ -150,8 +150,8 @@ def train(
                     "gradient_norm": engine.gradient_norm(),
                 }
                 log_metrics(metrics, images_seen)
-            if settings.is_due(settings.preview_every_images, images_seen):
-                task.preview(average, images_seen)
         at_end = images_seen >= settings.num_batches * batch_images
+        if lead and (at_end or settings.is_due(settings.preview_every_images, images_seen)):
+            task.preview(average, images_seen)
         if at_end or settings.is_due(settings.save_every_images, images_seen):
             states.save(engine, images_seen, average.tensors if lead else None)
