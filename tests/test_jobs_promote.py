@@ -14,7 +14,9 @@ VERSION = Version("digits", 7, Path("/nowhere"), {})
 
 def make_recipe(minimum: dict[str, float]) -> Recipe:
     recipe = read_recipe("digits")
-    return recipe.model_copy(update={"evaluate": EvaluateSettings(minimum=minimum)})
+    return recipe.model_copy(
+        update={"evaluate": EvaluateSettings.model_validate({"minimum": minimum})}
+    )
 
 
 def refuse(minimum: dict[str, float], metrics: dict[str, float]) -> str:
@@ -46,8 +48,8 @@ def test_every_missed_gate_is_named_and_no_other() -> None:
 
 
 def test_a_metric_nobody_measured_does_not_pass() -> None:
-    message = refuse({"beauty": 0.5}, {"digit_accuracy": 1.0, "color_accuracy": 1.0})
-    assert "beauty was not measured (it has color_accuracy, digit_accuracy)" in message
+    message = refuse({"relation_accuracy": 0.5}, {"digit_accuracy": 1.0, "color_accuracy": 1.0})
+    assert "relation_accuracy was not measured (it has color_accuracy, digit_accuracy)" in message
 
 
 def test_a_metric_that_is_not_a_number_does_not_pass() -> None:

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from pixart_platform.errors import PixartError, RegistryError
 from pixart_platform.manifest import FileRecord, Manifest
 from pixart_platform.registry import Registry
-from pixart_platform.tracking import Tracker, sqlite_uri
+from pixart_platform.tracking import Tracker, hide_password, sqlite_uri
 
 
 @dataclass(frozen=True)
@@ -213,3 +213,9 @@ def test_verifying_finds_a_snapshot_that_is_gone(store: Store) -> None:
     os.rename(folder, store.folder / "elsewhere")
     with pytest.raises(RegistryError, match=r"gone version 1: .* does not exist"):
         version.verify()
+
+
+def test_a_password_in_a_store_address_is_never_shown() -> None:
+    shown = hide_password("postgresql://ada:s3cret@db:5432/mlflow")
+    assert shown == "postgresql://ada:***@db:5432/mlflow"
+    assert hide_password("sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"

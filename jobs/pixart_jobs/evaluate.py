@@ -50,12 +50,15 @@ def held_out_prompts(count: int, seed: int) -> list[Reading]:
 
 
 def score(wanted: list[Reading], seen: list[Reading | None]) -> dict[str, float]:
-    """Share of digits and colours drawn right, in their places, and of relations."""
+    """Share of digits and colours drawn right, in their places, and of relations.
+
+    A picture that cannot be read, or shows another number of digits, is wrong in all.
+    """
     digits = colors = relations = total = pairs = 0
     for want, got in zip(wanted, seen, strict=True):
         total += len(want.digits)
         pairs += want.relation is not None
-        if got is None:
+        if got is None or len(got.digits) != len(want.digits):
             continue
         digits += sum(a == b for a, b in zip(want.digits, got.digits, strict=False))
         colors += sum(a == b for a, b in zip(want.colors, got.colors, strict=False))

@@ -131,12 +131,15 @@ class DrawSettings(Section):
     guidance: float = Field(2.5, ge=1, le=20)
 
 
+Metric = Literal["digit_accuracy", "color_accuracy", "relation_accuracy", "reader_accuracy"]
+
+
 class EvaluateSettings(Section):
     """Evaluation and the gates of promotion."""
 
     num_prompts: int = Field(160, ge=2, le=100_000)
     batch_images: int = Field(40, ge=1, le=4096)
-    minimum: dict[str, float] = Field(default_factory=dict)
+    minimum: dict[Metric, float] = Field(default_factory=dict)
     """Lowest value of each metric that may be promoted."""
 
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from pixart_platform.errors import ManifestError, RegistryError
 from pixart_platform.manifest import load_manifest, verify_folder
-from pixart_platform.tracking import quiet_mlflow
+from pixart_platform.tracking import hide_password, quiet_mlflow
 
 DIGEST_TAG = "digest"
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -50,7 +50,9 @@ def _reachable(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         first = str(error).splitlines()[0]
-        raise RegistryError(f"the registry at {uri} does not answer: {first}") from error
+        raise RegistryError(
+            f"the registry at {hide_password(uri)} does not answer: {first}"
+        ) from error
 
 
 class Registry:

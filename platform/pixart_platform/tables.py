@@ -111,7 +111,7 @@ class TableWriter:
 
     def is_written(self, k: int) -> bool:
         """Whether partition ``k`` is finished: its record, written last, is there."""
-        return self._record_path(k).is_file()
+        return self._record_path(k).is_file() and (self.folder / partition_name(k)).is_file()
 
     def write(self, k: int, rows: pa.Table) -> None:
         """Write partition ``k`` whole: data first, record last."""
@@ -179,8 +179,13 @@ class Table:
 
 
 def check_aligned(tables: Sequence[Table]) -> None:
-    """Raise ManifestError unless all tables have the same partitions with the same row counts."""
+    """Raise ManifestError unless all tables have the same rows, of the same image table."""
     first = tables[0]
+    images = {t.digest for t in tables if t.manifest.schema.startswith("images/")}
+    images |= {t.manifest.inputs["images"] for t in tables if "images" in t.manifest.inputs}
+    if len(images) > 1:
+        names = ", ".join(t.folder.name for t in tables)
+        raise ManifestError(f"{names} were made from different image tables; make them from one")
     for other in tables[1:]:
         rows = [[sum(f.counts.values()) for f in t.manifest.files] for t in (first, other)]
         if rows[0] != rows[1]:

@@ -6,6 +6,7 @@ started again goes on in its own run with one unbroken curve.
 
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,14 @@ def connect(uri: str) -> "MlflowClient":
     try:
         return MlflowClient(uri)
     except (MlflowException, SQLAlchemyError) as error:
-        raise PixartError(f"MLflow at {uri}: {str(error).strip().splitlines()[0]}") from error
+        raise PixartError(
+            f"MLflow at {hide_password(uri)}: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def hide_password(uri: str) -> str:
+    """``uri`` as it may be shown: ``postgresql://user:***@host/db``."""
+    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", uri)
 
 
 def sqlite_uri(folder: Path) -> str:
@@ -77,7 +85,8 @@ class Tracker:
             where = found.experiment_id if found else client.create_experiment(experiment, location)
             runs = client.search_runs([where], f"tags.`{_IDENTITY}` = '{identity}'", max_results=1)
         except MlflowException as error:
-            raise PixartError(f"MLflow at {uri}: {str(error).splitlines()[0]}") from error
+            shown = hide_password(uri)
+            raise PixartError(f"MLflow at {shown}: {str(error).splitlines()[0]}") from error
         if runs:
             tracker = cls(uri, runs[0].info.run_id)
             client.update_run(tracker.run_id, status="RUNNING")
