@@ -1,15 +1,29 @@
 """The whole way in miniature, with real Ray, DeepSpeed, MLflow and Serve, and real kills."""
 
+import base64
+import io
 import json
 import re
 import shutil
+import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from PIL import Image
-from processes import MINI, count_alive, family, kill, run, start, train_workers, wait_for
+from processes import (
+    MINI,
+    REPOSITORY,
+    count_alive,
+    family,
+    kill,
+    run,
+    start,
+    train_workers,
+    wait_for,
+)
 
 from pixart_jobs.scenes import compose_scene
 from pixart_platform.manifest import verify_folder
@@ -104,7 +118,7 @@ def test_killed_worker_and_killed_driver_change_nothing(demo_root: Path, tmp_pat
     kill(driver)
     assert snapshot_is_missing(root, "aesthetics"), "the kill came too late to mean anything"
     driver.wait()
-    wait_for(lambda: count_alive(everyone) == 0, "Ray to follow its killed driver", timeout=60)
+    wait_for(lambda: count_alive(everyone) == 0, "Ray to follow its killed driver", timeout=120)
 
     done = run("run", MINI, "--root", root)
     assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
@@ -153,6 +167,26 @@ def test_serving_an_unknown_alias_names_what_there_is(demo_root: Path) -> None:
     assert "no version or alias 'nobody'" in done.stderr
     assert "champion (version 3)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_requests_of_the_readme_are_answered_until_a_signal(
+    demo_root: Path, tmp_path: Path
+) -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    server = start("serve", MINI, "--root", demo_root, log=tmp_path / "log")
+    wait_for(lambda: b"Ctrl-C" in (tmp_path / "log").read_bytes(), "the service")
+    everyone = family(server.pid)
+
+    names: dict[str, Any] = {}
+    exec(block.replace("127.0.0.1:8000", "127.0.0.1:8799"), names)
+    for drawn in names["picture"].data:
+        picture = Image.open(io.BytesIO(base64.b64decode(drawn.b64_json)))
+        assert picture.size == (40, 40)
+
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(timeout=60) == 0
+    assert count_alive(everyone) == 0
 
 
 def snapshot_is_missing(root: Path, stage: str) -> bool:

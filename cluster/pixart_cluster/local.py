@@ -26,6 +26,7 @@ def quiet_environment() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray's C++ core writes notices over our lines
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # else workers outlive a killed driver 60 s
         "RAY_worker_niceness": "0",  # Ray's 15 starves training beside any other program
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

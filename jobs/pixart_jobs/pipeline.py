@@ -91,6 +91,12 @@ class Workspace:
         return self.root / "costs"
 
 
+def _own_rejects(table: Table, earlier: Table) -> Iterator[dict[str, str]]:
+    """Rows that ``table`` rejected and ``earlier`` had not."""
+    known = {row["id"] for row in earlier.rejects()}
+    return (row for row in table.rejects() if row["id"] not in known)
+
+
 class Pipeline:
     """Runs a recipe's jobs in one workspace. ``run`` is the only public step."""
 
@@ -129,7 +135,7 @@ class Pipeline:
                 )
         elif promote_result:
             self._monitor.note("not promoted: the digits suite cannot judge other images")
-        rejects = [r for name in ("images", "captions") for r in tables[name].rejects()]
+        rejects = [*tables["images"].rejects(), *_own_rejects(tables["captions"], tables["images"])]
         return Result(
             self._recipe, tables, accuracy, stages, evaluation, self._total_cost(),
             self._space.tracking_uri, rejects,
@@ -144,7 +150,7 @@ class Pipeline:
                 self._consume(job, ingest.run(recipe, writer))
                 writer.commit(num_partitions)
         images = Table.open(writer.folder)
-        self._require_rows(images)
+        self._require_rows(images, list(images.rejects()))
 
         writer = caption.plan(recipe, root, images)
         self._keys.add(writer.folder.name)
@@ -153,7 +159,7 @@ class Pipeline:
                 self._consume(job, caption.run(recipe, images, writer))
                 writer.commit(num_partitions)
         captions = Table.open(writer.folder)
-        self._require_rows(captions)
+        self._require_rows(captions, list(_own_rejects(captions, images)))
 
         text, latents = encode.plan(recipe, root, images, captions)
         self._keys.add(text.folder.name)
@@ -167,18 +173,16 @@ class Pipeline:
         tables = {"images": images, "captions": captions, "text": Table.open(text.folder)}
         return tables | {f"latents-{r}": Table.open(w.folder) for r, w in latents.items()}
 
-    def _require_rows(self, table: Table) -> None:
-        """Tell of rejects; raise PixartError when nothing is left."""
-        counts = table.manifest.counts
-        rejected = table.manifest.num_rows - counts.get(OK, 0)
-        if rejected:
-            first = next(iter(table.rejects()))
+    def _require_rows(self, table: Table, rejects: list[dict[str, str]]) -> None:
+        """Tell of the rows this table rejected; raise PixartError when none is left."""
+        if rejects:
+            first = rejects[0]
             place = first.get("source", first["id"][:12])
             self._monitor.note(
-                f"{rejected} of {table.manifest.num_rows} rows rejected in {table.folder.name}, "
-                f"first: {place}: {first['status']}"
+                f"{len(rejects)} of {table.manifest.num_rows} rows rejected in "
+                f"{table.folder.name}, first: {place}: {first['status']}"
             )
-        if not counts.get(OK):
+        if not table.manifest.counts.get(OK):
             raise PixartError(f"{table.folder}: every row was rejected; see its 'status' column")
 
     def _consume(self, job: "JobMonitor", progress: ingest.Progress) -> None:
