@@ -47,6 +47,7 @@ from pixart_platform.tracking import Tracker
 from pixart_platform.train_loop import LoopSettings, train
 
 SNAPSHOT_SCHEMA = "snapshot/1"
+_WATCH_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _watch(tracker: Tracker, on_progress: Callable[[int], None]) -> Iterator[Non
     done = threading.Event()
 
     def poll() -> None:
-        while not done.wait(1.0):
+        while not done.wait(_WATCH_SECONDS):
             points = tracker.history("loss")
             if points:
                 on_progress(points[-1][0])
