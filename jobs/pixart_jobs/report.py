@@ -143,7 +143,7 @@ def _curves(result: Result) -> str:
         path = " ".join(place(x, y) for x, y in points)
         lines.append(f"<polyline fill=none stroke='{color}' stroke-width=2 points='{path}'/>")
         lines.append(
-            f"<text x={left + 10 + 110 * i} y=12 fill='{color}'>{html.escape(name)}</text>"
+            f"<text x={width - 110 * (len(curves) - i)} y=12 fill='{color}'>{html.escape(name)}</text>"
         )
     return (
         f"<h2>Loss</h2><svg viewBox='0 0 {width} {height}' role=img aria-label='loss curves'>"
