@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 from processes import (
     MINI,
@@ -53,6 +54,15 @@ def snapshot_of(root: Path, stage: str) -> Path:
 def states_of(root: Path, stage: str) -> list[int]:
     """Images seen of every complete state of a stage."""
     return sorted(int(p.parent.name) for p in root.glob(f"stages/{stage}-*/state/*/manifest.json"))
+
+
+def logged_steps(root: Path, stage: str) -> list[int]:
+    """Images seen at every logged loss of a stage, in all its attempts."""
+    client = MlflowClient(sqlite_uri(root))
+    experiment = client.get_experiment_by_name("mini")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{stage}'")
+    return [m.step for m in client.get_metric_history(found.info.run_id, "loss")]
 
 
 def test_demo_leaves_summary_report_and_picture(demo_root: Path) -> None:
@@ -114,7 +124,7 @@ def test_killed_worker_and_killed_driver_change_nothing(demo_root: Path, tmp_pat
     assert snapshot_is_missing(root, "align"), "the kill came too late to mean anything"
 
     wait_for(lambda: bool(states_of(root, "aesthetics")), "a state of stage 3")
-    everyone = family(driver.pid)
+    everyone, saved = family(driver.pid), states_of(root, "aesthetics")[-1]
     kill(driver)
     assert snapshot_is_missing(root, "aesthetics"), "the kill came too late to mean anything"
     driver.wait()
@@ -123,6 +133,8 @@ def test_killed_worker_and_killed_driver_change_nothing(demo_root: Path, tmp_pat
     done = run("run", MINI, "--root", root)
     assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.parquet")} == written
+    steps = logged_steps(root, "aesthetics")
+    assert all(steps.count(n) == 1 for n in range(32, saved + 1, 32)), "a saved step was repeated"
     for stage in ("pixels", "align", "aesthetics"):
         ours, theirs = (snapshot_of(r, stage) / "model.safetensors" for r in (root, demo_root))
         assert ours.read_bytes() == theirs.read_bytes(), f"{stage} differs"
