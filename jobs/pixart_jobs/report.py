@@ -142,9 +142,8 @@ def _curves(result: Result) -> str:
         color = _COLORS[i % len(_COLORS)]
         path = " ".join(place(x, y) for x, y in points)
         lines.append(f"<polyline fill=none stroke='{color}' stroke-width=2 points='{path}'/>")
-        lines.append(
-            f"<text x={width - 110 * (len(curves) - i)} y=12 fill='{color}'>{html.escape(name)}</text>"
-        )
+        legend = width - 110 * (len(curves) - i)
+        lines.append(f"<text x={legend} y=12 fill='{color}'>{html.escape(name)}</text>")
     return (
         f"<h2>Loss</h2><svg viewBox='0 0 {width} {height}' role=img aria-label='loss curves'>"
         f"<text x=0 y=12>{high:.3f}</text><text x=0 y={height - bottom}>{low:.3f}</text>"
