@@ -1,23 +1,35 @@
-"""Encoding: exact bytes, square crops, and rows that stay aligned whatever was rejected."""
+"""Encoding: exact bytes, crops to squares and buckets, and rows that stay aligned whatever was
+rejected."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from builders import repeatable
+from builders import repeatable, write_table
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixart_jobs.encode import _Encode, fit_square, pack_features, unpack_features
-from pixart_jobs.recipe import EncodeSettings
+from pixart_jobs.encode import _Encode, choose_shapes, fit, pack_features, plan, unpack_features
+from pixart_jobs.recipe import EncodeSettings, Recipe
 from pixart_jobs.scenes import compose_scene
+from pixart_jobs.stage_task import LatentTask
 from pixart_models.autoencoder import load_autoencoder
+from pixart_models.buckets import Size, cover
+from pixart_models.config import get_preset
+from pixart_models.errors import ModelInputError
+from pixart_models.snapshot import SnapshotConfig, build_network
 from pixart_models.text import load_text_encoder
+from pixart_platform.batches import Condition, RowIndex
+from pixart_platform.order import Order
+from pixart_platform.partitions import Sink
+from pixart_platform.seeds import SampleDraws
+from pixart_platform.tables import Table, TableWriter
 
 
 @repeatable
@@ -57,7 +69,7 @@ def frame(height: int, width: int) -> NDArray[np.uint8]:
     [(32, 32), (64, 64), (7, 7), (33, 32), (100, 31), (31, 100), (1, 1), (12, 200), (500, 16)],
 )
 def test_a_picture_is_scaled_to_cover_and_cropped_to_its_middle(height: int, width: int) -> None:
-    pixels = fit_square(frame(height, width), 32)
+    pixels = fit(frame(height, width), Size(32, 32))
     assert pixels.shape == (3, 32, 32)
     assert pixels.dtype == torch.float32
     assert -1 <= float(pixels.min()) <= float(pixels.max()) <= 1
@@ -67,13 +79,13 @@ def test_a_picture_is_scaled_to_cover_and_cropped_to_its_middle(height: int, wid
 
 def test_a_picture_of_the_right_size_is_not_touched() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    pixels = ((fit_square(picture, 32).permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
+    pixels = ((fit(picture, Size(32, 32)).permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
     np.testing.assert_array_equal(pixels.numpy(), picture)
 
 
 def test_cropping_takes_both_ends_alike() -> None:
     ramp = np.broadcast_to(np.arange(0, 120, dtype=np.uint8)[None, :, None], (40, 120, 3))
-    pixels = fit_square(np.ascontiguousarray(ramp), 40)
+    pixels = fit(np.ascontiguousarray(ramp), Size(40, 40))
     shown = ((pixels[0, 0] + 1) * 127.5).round()
     assert (int(shown[0]), int(shown[-1])) == (40, 79)
 
@@ -82,25 +94,30 @@ SETTINGS = EncodeSettings(resolutions=(32, 40), batch_images=2)
 REJECTED, UNCAPTIONED = 1, 4
 
 
+def encode(settings: EncodeSettings, rows: pa.Table) -> list[dict[str, Any]]:
+    """What the job makes of these rows, with patches of 2."""
+    found: list[dict[str, Any]] = _Encode(settings, choose_shapes(settings, 2))(rows).to_pylist()
+    return found
+
+
 @pytest.fixture(scope="module")
 def rows() -> pa.Table:
     """Five scenes of which one picture is rejected, and another's caption."""
     scenes = [compose_scene(i, seed=9) for i in range(5)]
     items = [
         {"id": f"{i}", "status": "ok", "bytes": scene.png(), "caption": "a red " + "three " * i,
-         "caption_status": "ok"}
+         "caption_status": "ok", "width": 48, "height": 48}
         for i, scene in enumerate(scenes)
     ]  # fmt: skip
     broken = {"status": "rejected: broken", "caption_status": "rejected: broken"}
-    items[REJECTED] |= broken | {"bytes": b"", "caption": ""}
+    items[REJECTED] |= broken | {"bytes": b"", "caption": "", "width": 0, "height": 0}
     items[UNCAPTIONED] |= {"caption_status": "rejected: no caption (blank)", "caption": ""}
     return pa.Table.from_pylist(items)
 
 
 @pytest.fixture(scope="module")
 def encoded(rows: pa.Table) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = _Encode(SETTINGS)(rows).to_pylist()
-    return found
+    return encode(SETTINGS, rows)
 
 
 def test_every_row_comes_back_in_its_place(rows: pa.Table, encoded: list[dict[str, Any]]) -> None:
@@ -139,7 +156,7 @@ def test_payloads_have_the_size_their_numbers_say(encoded: list[dict[str, Any]])
 def test_a_row_is_encoded_the_same_alone_as_among_others(
     rows: pa.Table, encoded: list[dict[str, Any]]
 ) -> None:
-    (alone,) = _Encode(SETTINGS)(rows.slice(3, 1)).to_pylist()
+    (alone,) = encode(SETTINGS, rows.slice(3, 1))
     for name, dtype in (("moments_40", np.float16), ("moments_32", np.float16)):
         ours, theirs = (np.frombuffer(row[name], dtype) for row in (alone, encoded[3]))
         np.testing.assert_allclose(ours, theirs, atol=0.01)
@@ -158,3 +175,168 @@ def test_the_moments_decode_to_the_picture(encoded: list[dict[str, Any]]) -> Non
     assert error < 12, "the picture of another scene differs by far more"
     other = np.asarray(Image.fromarray(compose_scene(3, seed=9).image).resize((40, 40)))
     assert np.abs(decoded.astype(int) - other).mean() > 2 * error
+
+
+BUCKETED = EncodeSettings(resolutions=(32, 40), batch_images=2, aspect_buckets=True)
+SHAPES = [(60, 60), (40, 80), (80, 40), (30, 119), (120, 30), (61, 60), (40, 66), (25, 101)]
+EXTREME = 7  # the last is longer than 4:1
+EXPECTED_32 = [(8, 8), (6, 10), (10, 6), (4, 16), (16, 4), (8, 8), (6, 10), (0, 0)]  # latents
+
+
+def gradient(height: int, width: int) -> NDArray[np.uint8]:
+    """Red grows downwards and green to the right, so that a crop shows where it was cut."""
+    down, across = np.linspace(0, 255, height), np.linspace(0, 255, width)
+    red, green = np.broadcast_arrays(down[:, None], across[None, :])
+    return np.stack([red, green, np.zeros_like(red)], axis=2).astype(np.uint8)
+
+
+def png(picture: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shaped_rows() -> list[dict[str, Any]]:
+    return [
+        {"id": f"{i:04d}", "status": "ok", "bytes": png(gradient(height, width)),
+         "caption": "red " * (i % 3), "caption_status": "ok", "width": width, "height": height}
+        for i, (height, width) in enumerate(SHAPES)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bucketed(shaped_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return encode(BUCKETED, pa.Table.from_pylist(shaped_rows))
+
+
+def test_each_picture_goes_to_its_nearest_bucket(bucketed: list[dict[str, Any]]) -> None:
+    assert [row["id"] for row in bucketed] == [f"{i:04d}" for i in range(len(SHAPES))]
+    found = [(row["bucket_h_32"], row["bucket_w_32"]) for row in bucketed]
+    assert found == EXPECTED_32
+    for row, (height, width) in zip(bucketed, SHAPES, strict=True):
+        assert (row["height"], row["width"]) == (height, width), "the picture's own size is kept"
+        for side in BUCKETED.resolutions:
+            area = row[f"bucket_h_{side}"] * row[f"bucket_w_{side}"]
+            assert len(row[f"moments_{side}"]) == 2 * 16 * area
+            assert row["status"] != "ok" or 0.9 * side**2 <= 16 * area <= side**2
+
+
+def test_pictures_beyond_4_to_1_are_rejected_and_their_captions_kept(
+    bucketed: list[dict[str, Any]],
+) -> None:
+    row = bucketed[EXTREME]
+    assert row["status"] == "rejected: 101x25 is longer than 4:1"
+    assert (row["moments_32"], row["bucket_h_32"]) == (b"", 0)
+    assert row["text_status"] == "ok"
+    assert row["num_tokens"] > 0
+    assert {row["status"] for row in bucketed[:EXTREME]} == {"ok"}
+
+
+def test_a_picture_in_a_bucket_is_encoded_as_alone(
+    shaped_rows: list[dict[str, Any]], bucketed: list[dict[str, Any]]
+) -> None:
+    for i in (1, 6):  # one bucket, one batch; their captions are not
+        (alone,) = encode(BUCKETED, pa.Table.from_pylist(shaped_rows[i : i + 1]))
+        for name in ("moments_32", "moments_40"):
+            ours, theirs = (np.frombuffer(row[name], np.float16) for row in (alone, bucketed[i]))
+            np.testing.assert_allclose(ours, theirs, atol=0.01)
+        features = [unpack_features(row["features"], 64).float() for row in (alone, bucketed[i])]
+        torch.testing.assert_close(features[0], features[1], atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_the_crop_follows_from_the_sizes_a_table_keeps(height: int, width: int) -> None:
+    """What the encoder saw can be said later, from the row alone."""
+    bucket = Size(24, 40)
+    crop = cover(height, width, bucket)
+    seen = (fit(gradient(height, width), bucket) + 1) / 2
+    corner = torch.tensor([crop.top / crop.height, crop.left / crop.width])
+    other = corner + torch.tensor([24 / crop.height, 40 / crop.width])
+    torch.testing.assert_close(seen[:2, 0, 0], corner, atol=0.06, rtol=0)
+    torch.testing.assert_close(seen[:2, -1, -1], other, atol=0.06, rtol=0)
+
+
+def test_a_resolution_off_the_grid_is_refused_before_anything_is_encoded() -> None:
+    settings = EncodeSettings(resolutions=(36,), aspect_buckets=True)
+    with pytest.raises(ModelInputError, match=r"36 px.*multiple of 8 "):
+        choose_shapes(settings, patch=2)
+
+
+def recipe_with(settings: EncodeSettings) -> Recipe:
+    stage = {
+        "condition_on": "text", "start_from": "scratch", "resolution": 32, "images": 64,
+        "optimizer": {"learning_rate": 1e-3},
+    }  # fmt: skip
+    return Recipe.model_validate(
+        {"name": "test", "encode": settings.model_dump(), "stages": {"align": stage}}
+    )
+
+
+def test_options_that_are_off_leave_old_tables_valid(tmp_path: Path) -> None:
+    """A table's folder is named by the digest of its settings: one more key orphans it."""
+    table = write_table(tmp_path / "images", "images/1", [[]])
+    text, latents = plan(recipe_with(EncodeSettings(resolutions=(32,))), tmp_path, table, table)
+    assert text.settings == {"text_encoder": "builtin:t5-tiny", "max_tokens": 48}
+    assert latents[32].settings == {"autoencoder": "builtin:digits", "resolution": 32}
+    wide = EncodeSettings(resolutions=(32,), aspect_buckets=True)
+    same_text, wide_latents = plan(recipe_with(wide), tmp_path, table, table)
+    assert same_text.folder == text.folder
+    assert wide_latents[32].folder != latents[32].folder
+
+
+def test_8_bit_without_a_t5_is_refused() -> None:
+    with pytest.raises(ValueError, match="text_encoder_8bit = true has no effect on builtin"):
+        EncodeSettings(text_encoder_8bit=True)
+
+
+def write_tables(
+    root: Path, shaped_rows: list[dict[str, Any]], bucketed: list[dict[str, Any]]
+) -> dict[str, tuple[Table, list[str]]]:
+    """The three tables a stage reads, as the job's sinks write them."""
+    images = write_table(root / "images", "images/1", [[{"id": r["id"]} for r in shaped_rows]])
+    encoded = pa.Table.from_pylist(bucketed)
+    same = {name: name for name in ("id", "status", "width", "height")}
+    columns = same | {name: f"{name}_32" for name in ("moments", "bucket_h", "bucket_w")}
+    latents = TableWriter(root / "latents", "latents/1", {}, {})
+    Sink(latents, columns).write(0, encoded)
+    text = TableWriter(root / "text", "text/1", {}, {})
+    names = ("id", "features", "num_tokens")
+    Sink(text, {name: name for name in names} | {"status": "text_status"}).write(0, encoded)
+    return {
+        "images": (images, ["label"]),
+        "text": (text.commit(1), ["features"]),
+        "latents": (latents.commit(1), ["moments", "bucket_h", "bucket_w"]),
+    }
+
+
+def test_a_stage_learns_from_batches_of_one_bucket(
+    tmp_path: Path, shaped_rows: list[dict[str, Any]], bucketed: list[dict[str, Any]]
+) -> None:
+    """Every bucket comes up, stacks to one shape, and gives the network a loss and gradients."""
+    index = RowIndex(write_tables(tmp_path, shaped_rows, bucketed), Condition(()))
+    expected = {shape: EXPECTED_32.count(shape) for shape in EXPECTED_32 if shape != (0, 0)}
+    assert {bucket: sum(counts) for bucket, counts in index.counts.items()} == expected
+    order = Order.over(index.counts, batch_images=2, seed=0)
+    config = SnapshotConfig(
+        network=get_preset("digits-mini"), objective="flow", resolution=32,
+        autoencoder="builtin:digits", autoencoder_digest="", text_encoder="builtin:t5-tiny",
+        text_encoder_digest="",
+    )  # fmt: skip
+    task = LatentTask(
+        snapshot=config, latent_scale=1.0, null_features=torch.zeros(1, 64), condition_drop=0.1,
+        flow_location=0.0, device=torch.device("cpu"), preview_prompts=(),
+        preview_folder=tmp_path, log_image=lambda *_: None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = build_network(config.network)
+    seen = set()
+    for n in range(len(expected)):
+        bucket, samples = order.batch(n)
+        batch = task.decode(index.fetch(bucket, samples))
+        assert batch.moments.shape == (2, 16, *bucket)
+        loss = task.loss(network, batch, SampleDraws(0, [2 * n, 2 * n + 1]))
+        torch.autograd.backward(loss)
+        seen.add(bucket)
+    assert seen == set(expected)
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)

@@ -1,5 +1,7 @@
 """The autoencoder: moments out, pictures back, and weights small enough to live in the package."""
 
+import json
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixart_jobs.scenes import compose_scene
@@ -92,7 +95,62 @@ def test_weights_are_stable_and_at_most_a_megabyte(autoencoder: Autoencoder) -> 
     assert weights.stat().st_size <= 1_000_000
 
 
-def test_an_unknown_folder_says_how_to_get_the_model(tmp_path: Path) -> None:
-    missing = str(tmp_path / "nothing")
-    with pytest.raises(ModelNotFound, match=rf"autoencoder '{missing}': give a local folder"):
-        load_autoencoder(missing)
+def test_the_builtin_digest_is_the_one_in_snapshots(autoencoder: Autoencoder) -> None:
+    """Snapshots trained earlier name it; another would make them undrawable."""
+    assert autoencoder.digest == "2ff335d63ff25903"
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    """A diffusers pipeline's folder with its autoencoder in ``vae``."""
+    shutil.copytree(str(files("pixart_models") / "assets/autoencoder"), tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text("{}")
+    return tmp_path
+
+
+def fault(source: Path | str) -> str:
+    """The one line said of a source that cannot be loaded."""
+    with pytest.raises(ModelNotFound) as caught:
+        load_autoencoder(str(source))
+    message = str(caught.value)
+    assert message.startswith(f"cannot load the autoencoder '{source}': ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_pipelines_folder_is_the_autoencoder_inside_it(
+    autoencoder: Autoencoder, pipeline: Path
+) -> None:
+    assert load_autoencoder(str(pipeline)).digest == autoencoder.digest
+    assert load_autoencoder(str(pipeline / "vae")).digest == autoencoder.digest
+
+
+def test_a_tensor_that_is_not_there_is_named(pipeline: Path) -> None:
+    """diffusers warns and fills it with random numbers."""
+    path = pipeline / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    lost = weights.pop("decoder.conv_in.weight")
+    save_file(weights, path)
+    assert "missing or mis-shaped, first decoder.conv_in.weight" in fault(pipeline)
+    save_file(weights | {"decoder.conv_in.weight": lost[:3].clone()}, path)
+    assert "missing or mis-shaped, first decoder.conv_in.weight" in fault(pipeline)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(pipeline: Path) -> None:
+    path = pipeline / "vae/diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    message = fault(pipeline)
+    assert "only diffusion_pytorch_model.bin, no diffusion_pytorch_model.safetensors" in message
+    assert "AutoencoderKL.from_pretrained(FOLDER, use_safetensors=False)" in message
+
+
+def test_another_model_is_refused(pipeline: Path) -> None:
+    path = pipeline / "vae/config.json"
+    config = json.loads(path.read_text()) | {"_class_name": "AutoencoderTiny"}
+    path.write_text(json.dumps(config))
+    assert "holds a 'AutoencoderTiny', but a 'AutoencoderKL' is needed" in fault(pipeline)
+
+
+def test_an_unknown_source_says_how_to_get_the_model(tmp_path: Path) -> None:
+    assert "give a local folder or ORG/NAME" in fault(tmp_path / "nothing")
+    assert "'hf download someone/some-vae' fetches it" in fault("someone/some-vae")

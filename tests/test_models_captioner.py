@@ -141,8 +141,28 @@ def test_a_models_own_chat_template_is_used(
 
 def test_an_unknown_model_says_how_to_get_it(tmp_path: Path) -> None:
     missing = str(tmp_path / "nothing")
-    with pytest.raises(ModelNotFound, match=rf"captioner '{missing}': give a local folder.*hf dow"):
+    with pytest.raises(ModelNotFound, match=rf"captioner '{missing}': .* a local folder or ORG/NA"):
         load_captioner(missing, prompt=PROMPT, max_new_tokens=1)
+    with pytest.raises(ModelNotFound, match="'hf download someone/a-vlm' fetches it"):
+        load_captioner("someone/a-vlm", prompt=PROMPT, max_new_tokens=1)
+
+
+def test_a_captioner_without_safetensors_says_what_is_there(tmp_path: Path) -> None:
+    folder = write_llava(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelNotFound, match=r"only pytorch_model.bin, no model.safetensors"):
+        load_captioner(str(folder), prompt=PROMPT, max_new_tokens=1)
+
+
+def test_a_captioner_knows_the_commit_it_came_from(
+    llava: VisionLanguageCaptioner, tmp_path: Path
+) -> None:
+    """As the hub's cache keeps it; a folder of one's own has none."""
+    assert llava.revision == "local"
+    folder = write_llava(tmp_path / "snapshots" / "0123abc")
+    captioner = load_captioner(str(folder), prompt=PROMPT, max_new_tokens=1)
+    assert isinstance(captioner, VisionLanguageCaptioner)
+    assert captioner.revision == "0123abc"
 
 
 def test_the_digit_captioner_reads_pixels_and_reports_what_it_cannot_read() -> None:

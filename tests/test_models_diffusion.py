@@ -2,13 +2,23 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributions
 
-from pixart_models.diffusion import IDDPM, NUM_TIMESTEPS, RectifiedFlow, get_objective
+from pixart_models.diffusion import (
+    IDDPM,
+    MIN_SNR_GAMMA,
+    NUM_TIMESTEPS,
+    Objective,
+    ObjectiveName,
+    RectifiedFlow,
+    get_objective,
+)
+from pixart_models.errors import ModelInputError
 
 BETAS = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
 SURVIVING = (1 - BETAS).cumprod(0)
@@ -187,6 +197,121 @@ def test_a_training_step_in_fp32_matches_fp64() -> None:
     exact = IDDPM().loss(output, x0, noise, x_t, timesteps)
     single = IDDPM().loss(output.float(), x0.float(), noise.float(), x_t.float(), timesteps)
     torch.testing.assert_close(single.double(), exact, rtol=1e-2, atol=0)
+
+
+class Gaussian:
+    """Data x0 ~ N(mean, deviation^2), one of each a coordinate (1, C, H, W).
+
+    Expectations over x0 and noise are Gauss-Hermite sums of 3 x 3 nodes, exact for the squares of
+    a linear network: each batch row is a node, ``weights`` (9,) its probability.
+    """
+
+    def __init__(self) -> None:
+        self.mean, self.deviation = draw(1, 2, 2, 2), draw(1, 2, 2, 2, seed=1).abs() * 0.5 + 0.2
+        nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(3))
+        u, e = torch.meshgrid(nodes, nodes, indexing="ij")
+        self.weights = torch.outer(weights, weights).flatten() / (2 * math.pi)
+        self.x0 = self.mean + self.deviation * u.reshape(9, 1, 1, 1)
+        self.noise = e.reshape(9, 1, 1, 1).expand_as(self.x0)
+
+    def at(self, objective: Objective, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Closed forms a coordinate: mean and variance of x_t, mean of the target, its covariance
+        with x_t, and its weight in the loss."""
+        s2 = self.deviation**2
+        if objective.name == "flow":  # x_t = (1 - t) x0 + t e; target e - x0
+            share = t / 1000
+            variance = (1 - share) ** 2 * s2 + share**2
+            covariance = share - (1 - share) * s2
+            return (1 - share) * self.mean, variance, -self.mean, covariance, torch.ones(())
+        signal = SURVIVING[t]  # x_t = sqrt(signal) x0 + sqrt(1 - signal) e; target e
+        variance = signal * s2 + 1 - signal
+        gamma = getattr(objective, "min_snr_gamma", None) or math.inf
+        snr = signal / (1 - signal)
+        weight = torch.minimum(snr, torch.tensor(gamma)) / snr
+        covariance = (1 - signal).sqrt().expand_as(s2)
+        return signal.sqrt() * self.mean, variance, torch.zeros_like(s2), covariance, weight
+
+    def expected_loss(self, objective: Objective, output: Tensor, t: int) -> Tensor:
+        timesteps = torch.full((9,), float(t), dtype=torch.float64)
+        x_t = objective.add_noise(self.x0, self.noise, timesteps)
+        return self.weights @ objective.loss(output, self.x0, self.noise, x_t, timesteps)
+
+
+OBJECTIVES = [get_objective("flow"), get_objective("iddpm"), IDDPM(MIN_SNR_GAMMA), IDDPM(0.5)]
+
+
+@pytest.mark.parametrize("t", [0, 1, 90, 500, 999])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_a_linear_networks_gradient_is_the_closed_form_on_gaussian_data(
+    objective: Objective, t: int
+) -> None:
+    """output = a x_t + c: with C coordinates, dL/da = 2 w (a E[x^2] + c E[x] - E[x target]) / C."""
+    data = Gaussian()
+    timesteps = torch.full((9,), float(t), dtype=torch.float64)
+    x_t = objective.add_noise(data.x0, data.noise, timesteps)
+    mean, variance, target, covariance, weight = data.at(objective, t)
+    best = covariance / variance
+    for off in (0.0, 0.7):  # the optimal linear predictor, and another
+        a = (best + off).requires_grad_()
+        c = (target - best * mean - 0.4 * off).requires_grad_()
+        output = a * x_t + c
+        if objective.predicts_variance:
+            output = torch.cat([output, torch.full_like(output, 0.3)], dim=1)
+        of_a, of_c = torch.autograd.grad(data.expected_loss(objective, output, t), (a, c))
+        a, c, num = a.detach(), c.detach(), a.numel()
+        second = variance + mean**2
+        expected_a = 2 * weight / num * (a * second + c * mean - covariance - mean * target)
+        expected_c = 2 * weight / num * (a * mean + c - target)
+        torch.testing.assert_close(of_a, expected_a, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(of_c, expected_c, rtol=1e-9, atol=1e-12)
+        assert off or max(of_a.abs().max(), of_c.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("t", [1, 90, 500, 998])
+def test_the_learned_variance_settles_at_the_reverse_steps_own(t: int) -> None:
+    """For Gaussian data q(x_{t-1} | x_t) is Gaussian, its variance by Bayes' rule: with the best
+    epsilon the bound's gradient is zero there, and elsewhere that of a Gaussian's KL."""
+    data, iddpm = Gaussian(), IDDPM()
+    timesteps = torch.full((9,), float(t), dtype=torch.float64)
+    x_t = iddpm.add_noise(data.x0, data.noise, timesteps)
+    mean, variance, target, covariance, _ = data.at(iddpm, t)
+    epsilon = target + covariance / variance * (x_t - mean)
+    before = SURVIVING[t - 1] * data.deviation**2 + 1 - SURVIVING[t - 1]
+    reverse = before * BETAS[t] / ((1 - BETAS[t]) * before + BETAS[t])  # Var(x_{t-1} | x_t)
+    posterior = BETAS[t] * (1 - SURVIVING[t - 1]) / (1 - SURVIVING[t])
+    width = (BETAS[t] / posterior).log()
+    best = 2 * (reverse / posterior).log() / width - 1
+    for off in (0.0, 0.5):
+        raw = (best + off).requires_grad_()
+        output = torch.cat([epsilon, raw.expand_as(epsilon)], dim=1)
+        (of_raw,) = torch.autograd.grad(data.expected_loss(iddpm, output, t), raw)
+        learned = reverse * (0.5 * off * width).exp()
+        expected = width / 4 * (1 - reverse / learned) / math.log(2) / raw.numel()
+        torch.testing.assert_close(of_raw, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_min_snr_weighs_epsilon_alone_and_is_off_by_default() -> None:
+    """Hang et al. 2023: min(SNR, gamma) / SNR; SNR is below 5 from timestep 130 on."""
+    timesteps = torch.tensor([0.0, 10.0, 400.0, 999.0])
+    x0, noise, x_t = noised(timesteps)
+    output = torch.cat([noise + 0.5, draw(*x0.shape, seed=3)], dim=1)
+    bound = IDDPM().variational_bound(noise + 0.5, output[:, 2:], x0, x_t, timesteps)
+    plain = get_objective("iddpm").loss(output, x0, noise, x_t, timesteps)
+    weighed = get_objective("iddpm", min_snr_gamma=5).loss(output, x0, noise, x_t, timesteps)
+    snr = (SURVIVING / (1 - SURVIVING))[timesteps.long()]
+    torch.testing.assert_close(plain, 0.25 + bound)
+    torch.testing.assert_close(weighed, 0.25 * (5 / snr).clamp(max=1) + bound)
+    assert torch.equal(weighed[2:], plain[2:])
+    assert (weighed - bound)[0] < 0.001 * (plain - bound)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "gamma"),
+    [("flow", 5.0), ("iddpm", 0.0), ("iddpm", -1.0), ("iddpm", math.nan), ("iddpm", math.inf)],
+)
+def test_min_snr_that_means_nothing_is_refused(name: ObjectiveName, gamma: float) -> None:
+    with pytest.raises(ModelInputError, match=rf"min_snr_gamma = {gamma} with objective '{name}'"):
+        get_objective(name, min_snr_gamma=gamma)
 
 
 def test_objectives_by_name_say_whether_they_learn_variance() -> None:

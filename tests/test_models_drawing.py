@@ -1,15 +1,16 @@
-"""Drawing: a picture is its own row's business; snapshots come back whole or not at all."""
+"""Drawing: a picture is its own row's business, whatever it is drawn beside."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pixart_models.autoencoder import Autoencoder, load_autoencoder
@@ -17,16 +18,21 @@ from pixart_models.config import get_preset
 from pixart_models.diffusion import ObjectiveName
 from pixart_models.dit import DiT
 from pixart_models.drawing import (
+    EVERYWHERE,
     Drawer,
     DrawingError,
+    Guidance,
     draw_classes,
+    fresh_noise,
     initial_noise,
     load_drawer,
     predict,
     solve,
 )
+from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
-from pixart_models.snapshot import SnapshotConfig, SnapshotError, load_network, save_snapshot
+from pixart_models.snapshot import SnapshotConfig, save_snapshot
+from pixart_models.solvers import SOLVERS, SolverError, SolverName, build_schedule
 from pixart_models.text import TextEncoder, load_text_encoder, pad_features
 
 PROMPTS = ["a red three", "a blue seven to the left of a green eight on a dark picture", ""]
@@ -42,20 +48,15 @@ def randomize(network: nn.Module, seed: int = 0) -> None:
     network.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def text_encoder() -> TextEncoder:
-    return load_text_encoder("builtin:t5-tiny", 48)
+@cache
+def load_encoders() -> tuple[TextEncoder, Autoencoder]:
+    return load_text_encoder("builtin:t5-tiny", 48), load_autoencoder("builtin:digits")
 
 
-@pytest.fixture(scope="module")
-def autoencoder() -> Autoencoder:
-    return load_autoencoder("builtin:digits")
-
-
-def build_drawer(
-    text_encoder: TextEncoder, autoencoder: Autoencoder, objective: ObjectiveName
-) -> Drawer:
-    network = PixArt(get_preset("digits-mini", predict_variance=objective == "iddpm"))
+def build_drawer(objective: ObjectiveName, **overrides: Any) -> Drawer:
+    """A drawer whose network has seeded weights, none of them zero."""
+    text_encoder, autoencoder = load_encoders()
+    network = PixArt(get_preset("digits-mini", predict_variance=objective == "iddpm", **overrides))
     randomize(network)
     config = SnapshotConfig(
         network=network.config, objective=objective, resolution=32,
@@ -66,21 +67,13 @@ def build_drawer(
 
 
 @pytest.fixture(scope="module", params=["flow", "iddpm"])
-def drawer(
-    request: pytest.FixtureRequest, text_encoder: TextEncoder, autoencoder: Autoencoder
-) -> Drawer:
-    return build_drawer(text_encoder, autoencoder, request.param)
+def drawer(request: pytest.FixtureRequest) -> Drawer:
+    return build_drawer(request.param)
 
 
 @pytest.fixture(scope="module")
-def flow_drawer(text_encoder: TextEncoder, autoencoder: Autoencoder) -> Drawer:
-    return build_drawer(text_encoder, autoencoder, "flow")
-
-
-@pytest.fixture
-def snapshot(flow_drawer: Drawer, tmp_path: Path) -> Path:
-    save_snapshot(tmp_path, flow_drawer.config, flow_drawer.network.state_dict())
-    return tmp_path
+def flow_drawer() -> Drawer:
+    return build_drawer("flow")
 
 
 def count_rows(network: nn.Module, draw: Callable[[], Any]) -> list[int]:
@@ -156,7 +149,7 @@ def test_each_row_is_guided_by_its_own_scale_and_negative(drawer: Drawer) -> Non
         torch.stack([initial_noise(s, (8, 8, 8)) for s in SEEDS]),
         torch.tensor([900.0, 500.0, 1.0]),
     )
-    scale = torch.tensor([2.5, 1.0, 0.0])
+    scale = [2.5, 1.0, 0.0]
     with torch.inference_mode():
         mixed = predict(drawer.network, x, timesteps, features, negatives, scale)
         for i in range(3):
@@ -171,6 +164,145 @@ def test_each_row_is_guided_by_its_own_scale_and_negative(drawer: Drawer) -> Non
         drawer.network, lambda: predict(drawer.network, x, timesteps, features, negatives, scale)
     )
     assert rows == [5], "only the rows with guidance are evaluated twice"
+
+
+def test_each_prompt_may_have_its_own_guidance_and_negative(drawer: Drawer) -> None:
+    scales, unwanted = [1.0, 2.5, 6.0], ["", "a blue two", "a red three above a blue four"]
+    together = drawer.draw(PROMPTS, SEEDS, steps=2, guidance=scales, negative_prompt=unwanted)
+    for i in range(3):
+        alone = drawer.draw(
+            PROMPTS[i : i + 1], SEEDS[i : i + 1], steps=2, guidance=scales[i],
+            negative_prompt=unwanted[i],
+        )[0]  # fmt: skip
+        assert np.abs(together[i].astype(int) - alone).max() <= 1
+
+
+def test_outside_its_interval_guidance_is_off_and_free(flow_drawer: Drawer) -> None:
+    """Flow's four steps begin at timesteps 999, 749, 500 and 250."""
+
+    def draw(**options: Any) -> Any:
+        return flow_drawer.draw(PROMPTS, SEEDS, steps=4, guidance=4.0, **options)
+
+    def rows(**options: Any) -> list[int]:
+        return count_rows(flow_drawer.network, lambda: draw(**options))
+
+    assert rows(guidance_interval=(400, 800)) == [3, 6, 6, 3]
+    assert rows(guidance_interval=(300, 400)) == [3, 3, 3, 3]
+    assert rows() == [6, 6, 6, 6]
+    np.testing.assert_array_equal(draw(), draw(guidance_interval=EVERYWHERE))
+    unguided = flow_drawer.draw(PROMPTS, SEEDS, steps=4, guidance=1.0)
+    np.testing.assert_array_equal(draw(guidance_interval=(300, 400)), unguided)
+    some = draw(guidance_interval=(400, 800))
+    assert not np.array_equal(some, unguided)
+    assert not np.array_equal(some, draw())
+
+
+@given(
+    scale=st.floats(-5, 20),
+    ends=st.tuples(st.floats(0, 1000), st.floats(0, 1000)).map(sorted),
+    timestep=st.floats(0, 1000),
+)
+def test_guidance_acts_inside_its_interval_ends_included(
+    scale: float, ends: list[float], timestep: float
+) -> None:
+    low, high = ends
+    guidance = Guidance(scale, (low, high))
+    assert guidance.at(timestep) == (1 if timestep < low or timestep > high else scale)
+    assert guidance.at(low) == guidance.at(high) == scale
+    assert Guidance(scale).at(timestep) == scale
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": [2.0, 3.0]}, "guidance holds 2 values for 3 prompts"),
+        ({"negative_prompt": ["x"]}, "negative_prompt holds 1 values for 3 prompts"),
+        ({"seeds": [1]}, "1 seeds for 3 prompts"),
+        ({"guidance": float("nan")}, "guidance = nan: must be a finite number"),
+        ({"guidance": [1.0, 2.0, float("inf")]}, "guidance = inf: must be a finite number"),
+        ({"guidance_interval": (800, 400)}, r"guidance_interval = \(800, 400\): must be timesteps"),
+        ({"guidance_interval": (0, 1001)}, "0 <= low <= high <= 1000"),
+        ({"guidance_interval": (float("nan"), 5)}, "0 <= low <= high <= 1000"),
+        ({"steps": 0}, "num_inference_steps = 0: must be 1 to 1000 with dpm"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(
+    flow_drawer: Drawer, options: dict[str, Any], message: str
+) -> None:
+    good: dict[str, Any] = {"prompts": PROMPTS, "seeds": SEEDS, "steps": 2}
+    with pytest.raises(ModelInputError, match=message):
+        flow_drawer.draw(**(good | options))
+
+
+def with_solver(drawer: Drawer, solver: SolverName) -> Drawer:
+    return replace(drawer, config=replace(drawer.config, solver=solver))
+
+
+def test_a_snapshot_is_drawn_with_the_solver_it_names(drawer: Drawer) -> None:
+    names = SOLVERS[drawer.config.objective]
+    drawn = [with_solver(drawer, name).draw(PROMPTS, SEEDS, steps=4) for name in names]
+    np.testing.assert_array_equal(drawn[0], drawer.draw(PROMPTS, SEEDS, steps=4))
+    assert len({pictures.tobytes() for pictures in drawn}) == len(names)
+    with pytest.raises(SolverError, match="must be 1 to 50 with lcm"):
+        with_solver(drawer, "lcm").draw(PROMPTS, SEEDS, steps=51)
+
+
+def test_a_picture_that_is_noised_again_does_not_depend_on_its_batch(drawer: Drawer) -> None:
+    distilled = with_solver(drawer, "lcm")
+    together = distilled.draw(PROMPTS, SEEDS, steps=4)
+    np.testing.assert_array_equal(distilled.draw(PROMPTS, SEEDS, steps=4), together)
+    for i in range(3):
+        alone = distilled.draw(PROMPTS[i : i + 1], SEEDS[i : i + 1], steps=4)[0]
+        assert np.abs(together[i].astype(int) - alone).max() <= 1
+
+
+def test_fresh_noise_is_a_function_of_seed_and_step() -> None:
+    table = build_schedule("flow", 4, "lcm").table
+    x = torch.zeros(4, 8, 16, 16)
+    lines = torch.stack([table[0], table[2], table[3], table[0]])
+    drawn = fresh_noise(lines, [7, 7, 7, 8], [0, 2, 3, 0], x)
+    assert drawn is not None
+    assert not drawn[2].any(), "the last step is not noised"
+    for i, (seed, step) in enumerate([(7, 0), (7, 2)]):
+        alone = fresh_noise(lines[i : i + 1], [seed], [step], x[:1])
+        assert alone is not None
+        assert torch.equal(alone[0], drawn[i])
+    parts = [drawn[0], drawn[1], drawn[3], initial_noise(7, (8, 16, 16))]
+    correlation = torch.corrcoef(torch.stack(parts).flatten(1))
+    assert (correlation - torch.eye(4)).abs().max() < 0.1, "2048 independent values each"
+    for part in parts:
+        assert abs(part.mean()) < 0.1
+        assert abs(part.std() - 1) < 0.1
+    assert fresh_noise(build_schedule("flow", 4).table, SEEDS, [0] * 4, x) is None
+
+
+def test_a_size_conditioned_network_is_told_the_picture_as_diffusers_would(tmp_path: Path) -> None:
+    """diffusers: resolution = (height, width) in pixels, aspect_ratio = height / width."""
+    from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings
+
+    drawer = build_drawer("flow", size_condition=True)
+    save_snapshot(tmp_path, drawer.config, drawer.network.state_dict())
+    network = load_drawer(tmp_path, like=drawer).network
+    peer = PixArtAlphaCombinedTimestepSizeEmbeddings(48, 16, use_additional_conditions=True)
+    for theirs, ours in (
+        ("timestep_embedder", network.t_embedder),
+        ("resolution_embedder", network.csize_embedder),
+        ("aspect_ratio_embedder", network.ar_embedder),
+    ):
+        weights = list(ours.mlp.state_dict().values())
+        names = list(getattr(peer, theirs).state_dict())
+        getattr(peer, theirs).load_state_dict(dict(zip(names, weights, strict=True)))
+    embedded: list[Tensor] = []
+    network.t_block.register_forward_pre_hook(lambda _, args: embedded.append(args[0]))
+    drawn = replace(drawer, network=network).draw(["a red three"], [1], steps=1, size=(48, 24))
+    assert drawn.shape == (1, 24, 48, 3)
+    expected = peer(
+        torch.tensor([999.0, 999.0]), torch.tensor([[24.0, 48.0]] * 2), torch.tensor([[0.5]] * 2),
+        batch_size=2, hidden_dtype=torch.float32,
+    )  # fmt: skip
+    torch.testing.assert_close(embedded[0], expected, rtol=1e-4, atol=1e-4)
+    other = replace(drawer, network=network).draw(["a red three"], [1], steps=1, size=(24, 48))
+    assert not np.array_equal(other.transpose(0, 2, 1, 3), drawn)
 
 
 def test_any_size_on_the_grid_can_be_drawn(flow_drawer: Drawer) -> None:
@@ -195,9 +327,8 @@ def test_a_size_off_the_grid_names_the_side(
 
 
 @pytest.mark.parametrize("objective", ["flow", "iddpm"])
-def test_a_dit_draws_classes_each_as_if_alone(
-    autoencoder: Autoencoder, objective: ObjectiveName
-) -> None:
+def test_a_dit_draws_classes_each_as_if_alone(objective: ObjectiveName) -> None:
+    _, autoencoder = load_encoders()
     network = DiT(
         get_preset("digits-mini", architecture="dit", predict_variance=objective == "iddpm")
     )
@@ -214,153 +345,3 @@ def test_a_dit_draws_classes_each_as_if_alone(
     for i, label in enumerate([3, 7]):
         assert np.abs(together[i] - draw([label], [1])[0]).max() <= 1
     np.testing.assert_array_equal(draw([3], [1], guidance=0.0), draw([7], [1], guidance=0.0))
-
-
-def test_a_snapshot_comes_back_bit_for_bit(flow_drawer: Drawer, snapshot: Path) -> None:
-    config, network = load_network(snapshot)
-    assert config == flow_drawer.config
-    ours, theirs = network.state_dict(), flow_drawer.network.state_dict()
-    assert list(ours) == list(theirs)
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-    loaded = load_drawer(snapshot)
-    assert not loaded.network.training
-    np.testing.assert_array_equal(
-        loaded.draw(PROMPTS, SEEDS, steps=2), flow_drawer.draw(PROMPTS, SEEDS, steps=2)
-    )
-
-
-def test_half_precision_weights_are_drawn_with_in_fp32(flow_drawer: Drawer, snapshot: Path) -> None:
-    weights = {n: t.bfloat16() for n, t in flow_drawer.network.state_dict().items()}
-    save_snapshot(snapshot, flow_drawer.config, weights)
-    loaded = load_drawer(snapshot, like=flow_drawer)
-    assert {p.dtype for p in loaded.network.parameters()} == {torch.float32}
-    assert loaded.draw(["a red three"], [1], steps=1).shape == (1, 32, 32, 3)
-
-
-def test_a_second_version_shares_the_encoders(flow_drawer: Drawer, snapshot: Path) -> None:
-    loaded = load_drawer(snapshot, like=flow_drawer)
-    assert loaded.autoencoder is flow_drawer.autoencoder
-    assert loaded.text_encoder is flow_drawer.text_encoder
-    assert loaded.network is not flow_drawer.network
-
-
-def edit_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        (folder / "model.safetensors").unlink()  # it is mapped into memory
-        save_file(weights, folder / "model.safetensors")
-
-    return edit
-
-
-def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        document = json.loads((folder / "config.json").read_text())
-        change(document)
-        (folder / "config.json").write_text(json.dumps(document))
-
-    return edit
-
-
-def poison(weights: dict[str, Tensor], value: float) -> None:
-    weights["blocks.1.mlp.fc1.weight"][3, 2] = value
-
-
-def write_pickle(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "model.safetensors")
-
-
-def truncate(folder: Path) -> None:
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-
-
-BAD_SNAPSHOTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing key": (
-        edit_weights(lambda w: w.pop("t_block.1.bias")),
-        r"model.safetensors does not fit its config: missing or mis-shaped \['t_block.1.bias'\]",
-    ),
-    "extra key": (
-        edit_weights(lambda w: w.update(surplus=torch.zeros(1))),
-        r"model.safetensors does not fit its config: .* extra \['surplus'\]",
-    ),
-    "wrong shape": (
-        edit_weights(lambda w: w.update({"t_block.1.bias": torch.zeros(7)})),
-        r"missing or mis-shaped \['t_block.1.bias'\]",
-    ),
-    "another depth": (
-        edit_config(lambda c: c["network"].update(depth=3)),
-        r"mis-shaped \['blocks.2",
-    ),
-    "NaN": (
-        edit_weights(lambda w: poison(w, float("nan"))),
-        r"model.safetensors has non-finite values in \['blocks.1.mlp.fc1.weight'\]",
-    ),
-    "infinity": (edit_weights(lambda w: poison(w, float("inf"))), "non-finite values in"),
-    "not safetensors": (write_pickle, "model.safetensors cannot be read"),
-    "cut short": (truncate, "model.safetensors cannot be read"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors cannot be"),
-    "corrupt JSON": (
-        lambda f: (f / "config.json").write_text('{"network": {"depth"'),
-        "config.json is not a snapshot config",
-    ),
-    "not text": (
-        lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
-        "holds no readable config.json",
-    ),
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no readable config.json"),
-    "JSON list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a snap"),
-    "unknown key": (
-        edit_config(lambda c: c.update(surprise=1)),
-        r"config.json is not a snapshot config: unknown keys \['surprise'\]",
-    ),
-    "unknown network key": (
-        edit_config(lambda c: c["network"].update(surprise=1)),
-        "config.json is not a snapshot config: .*surprise",
-    ),
-    "missing config key": (edit_config(lambda c: c.pop("resolution")), "config.json .*resolution"),
-    "impossible network": (
-        edit_config(lambda c: c["network"].update(heads=5)),
-        "config.json is not a snapshot config: .*heads = 5",
-    ),
-    "unknown objective": (
-        edit_config(lambda c: c.update(objective="score")),
-        "config.json is not a snapshot config: unknown objective 'score'",
-    ),
-    "giant": (
-        edit_config(lambda c: c["network"].update(depth=10**6, width=4800)),
-        "asks for a network beyond",
-    ),
-    "other text encoder": (
-        edit_config(lambda c: c.update(text_encoder_digest="0" * 16)),
-        "trained with text encoder 0000000000000000, but the one at hand is",
-    ),
-    "other autoencoder": (
-        edit_config(lambda c: c.update(autoencoder_digest="0" * 16)),
-        "trained with autoencoder 0000000000000000, but the one at hand is",
-    ),
-}
-
-
-@pytest.mark.parametrize(("spoil", "place"), BAD_SNAPSHOTS.values(), ids=BAD_SNAPSHOTS.keys())
-def test_a_bad_snapshot_is_refused_naming_the_place(
-    flow_drawer: Drawer, snapshot: Path, spoil: Callable[[Path], Any], place: str
-) -> None:
-    spoil(snapshot)
-    with pytest.raises(SnapshotError, match=place) as caught:
-        load_drawer(snapshot, like=flow_drawer)
-    assert str(snapshot) in str(caught.value)
-
-
-def test_a_class_conditional_snapshot_does_not_draw_prompts(
-    flow_drawer: Drawer, tmp_path: Path
-) -> None:
-    network = DiT(get_preset("digits-mini", architecture="dit"))
-    config = replace(flow_drawer.config, network=network.config)
-    save_snapshot(tmp_path, config, network.state_dict())
-    with pytest.raises(SnapshotError, match="class-conditional DiT: only PixArt draws prompts"):
-        load_drawer(tmp_path, like=flow_drawer)

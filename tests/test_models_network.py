@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from pixart_models.config import ConfigError, NetworkConfig, get_preset
 from pixart_models.dit import DiT
-from pixart_models.layers import Positions, sincos_positions
+from pixart_models.layers import (
+    MaskError,
+    Positions,
+    attend_packed,
+    pack_padded,
+    pack_text,
+    sincos_positions,
+)
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import build_network
 
@@ -137,6 +144,7 @@ def pixart() -> PixArt:
         ("pixart-xl-2-256", 610_856_096),
         ("pixart-xl-2-512", 610_856_096),
         ("pixart-xl-2-1024", 611_349_152),
+        ("pixart-sigma-xl-2-1024", 610_856_096),
         ("dit-xl-2-256", 674_834_720),
     ],
 )
@@ -144,6 +152,13 @@ def test_parameter_count_is_the_published_one(preset: str, published: int) -> No
     with torch.device("meta"):
         network = build_network(get_preset(preset))
     assert sum(p.numel() for p in network.parameters()) == published
+
+
+@pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
+def test_smaller_networks_have_the_size_of_dit_table_1(size: str, millions: int) -> None:
+    with torch.device("meta"):
+        network = build_network(get_preset(f"dit-{size}-2-256"))
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
 
 
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (6, 10), (16, 4)])
@@ -207,6 +222,95 @@ def test_masked_text_equals_trimmed_text(pixart: PixArt, lengths: list[int], see
         for i, length in enumerate(lengths):
             alone = pixart(latents[i, None], timesteps[i, None], text[i, None, :length])
             torch.testing.assert_close(together[i, None], alone, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    mask=st.lists(
+        st.lists(st.booleans(), min_size=6, max_size=6).filter(any), min_size=1, max_size=4
+    )
+)
+def test_packed_attention_equals_masked_attention(mask: list[list[bool]]) -> None:
+    """Any mask, holes included: forward and every gradient."""
+    real = torch.tensor(mask)
+    query = draw(len(mask), 5, 2, 8).requires_grad_()
+    kv = draw(len(mask), 6, 2, 2, 8, seed=2).requires_grad_()
+    masked = nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), *(kv[:, :, i].transpose(1, 2) for i in (0, 1)),
+        attn_mask=real[:, None, None],
+    ).transpose(1, 2)  # fmt: skip
+    text = pack_padded(kv.flatten(2), real)
+    assert len(text.tokens) == real.sum()
+    key, value = text.tokens.unflatten(-1, (2, 2, 8)).unbind(1)
+    packed = attend_packed(query, key, value, text)
+    torch.testing.assert_close(packed, masked, rtol=1e-5, atol=1e-6)
+    wanted = torch.autograd.grad(masked.square().sum(), (query, kv), retain_graph=True)
+    found = torch.autograd.grad(packed.square().sum(), (query, kv))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 4, dtype=torch.bool), r"shape \(2, 4\); with text of shape \(2, 3, 10\)"),
+        (torch.ones(2, 3), r"torch.float32 of shape \(2, 3\)"),
+        (torch.tensor([[True] * 3, [False] * 3]), r"rows \[1\] are all False"),
+    ],
+)
+def test_a_wrong_mask_says_what_it_must_be(pixart: PixArt, mask: Tensor, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
+        pixart(draw(2, 4, 4, 4), torch.tensor([1.0, 2.0]), draw(2, 3, TEXT_WIDTH), mask)
+
+
+def test_a_caption_without_tokens_is_named() -> None:
+    with pytest.raises(MaskError, match="caption 1 has no tokens"):
+        pack_text([draw(2, 4), draw(0, 4)])
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_compiles_without_graph_breaks_for_any_text_lengths(qk_norm: bool) -> None:
+    network = PixArt(replace(TINY, qk_norm=qk_norm)).eval()
+    randomize(network)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    latents, timesteps = draw(3, 4, 8, 8), torch.tensor([1.0, 500.0, 999.0])
+    for lengths in ((3, 1, 7), (2, 5, 4), (1, 1, 1)):
+        text = pack_text([draw(n, TEXT_WIDTH, seed=n) for n in lengths])
+        with torch.no_grad():
+            found, wanted = compiled(latents, timesteps, text), network(latents, timesteps, text)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_DIT])
+def test_recomputing_blocks_changes_no_gradient(config: NetworkConfig) -> None:
+    network = build_network(config)
+    randomize(network)
+    condition = torch.tensor([0]) if config.architecture == "dit" else draw(1, 3, TEXT_WIDTH)
+    gradients = []
+    for recompute in (False, True):
+        network.checkpoint_blocks = recompute
+        network.zero_grad()
+        network(draw(1, 4, 8, 8), torch.tensor([5.0]), condition).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_normalised_queries_and_keys_bound_the_attention_logits() -> None:
+    network = PixArt(replace(TINY, qk_norm=True)).eval()
+    randomize(network)
+    names = [n for n, _ in network.named_parameters() if "_norm" in n]
+    assert len(names) == 2 * 2 * TINY.depth
+    for block in network.blocks:  # queries 1000 times larger mean the same picture
+        block.attn.qkv.weight.data[:WIDTH] *= 1000  # type: ignore[union-attr,operator]
+    inputs = draw(1, 4, 8, 8), torch.tensor([5.0]), draw(1, 3, TEXT_WIDTH)
+    with torch.inference_mode():
+        large = network(*inputs)
+        for block in network.blocks:
+            block.attn.qkv.weight.data[:WIDTH] /= 1000  # type: ignore[union-attr,operator]
+            block.attn.qkv.bias.data[:WIDTH] /= 1000  # type: ignore[union-attr,operator]
+        small = network(*inputs)
+    assert not torch.isnan(large).any()
+    assert large.abs().mean() > 0.1
+    assert (large - small).abs().mean() < small.abs().mean()
 
 
 def test_rows_at_mixed_timesteps_equal_rows_alone(pixart: PixArt) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 from test_serve_snapshots import Gate, build_drawer
 from torch import Tensor
 
-from pixart_models.drawing import Drawer, DrawingError
+from pixart_models.drawing import EVERYWHERE, Drawer, DrawingError
+from pixart_models.errors import ModelInputError
+from pixart_models.pixart import PixArt
+from pixart_models.solvers import SOLVERS, SolverName
 from pixart_serve.engine import (
     Drawing,
     DrawingEngine,
@@ -38,6 +42,7 @@ def alone(drawer: Drawer, request: DrawRequest) -> Any:
     return drawer.draw(
         [request.prompt], [request.seed], steps=request.steps, guidance=request.guidance,
         negative_prompt=request.negative_prompt, size=(request.width, request.height),
+        guidance_interval=request.guidance_interval,
     )[0]  # fmt: skip
 
 
@@ -79,13 +84,24 @@ _REQUESTS = st.builds(
     guidance=st.sampled_from([0.0, 1.0, 2.5, 7.0]),
     width=st.sampled_from([16, 32, 48]),
     height=st.sampled_from([32, 48]),
+    guidance_interval=st.sampled_from([EVERYWHERE, (0, 400), (300, 900)]),
 )
 
 
+def with_solver(drawer: Drawer, solver: SolverName) -> Drawer:
+    return replace(drawer, config=replace(drawer.config, solver=solver))
+
+
 @settings(max_examples=15, deadline=None)
-@given(requests=st.lists(_REQUESTS, min_size=1, max_size=9), max_rows=st.integers(2, 9))
-def test_any_mix_is_drawn_as_if_alone(requests: list[DrawRequest], max_rows: int) -> None:
-    drawer = build_drawer()
+@given(
+    requests=st.lists(_REQUESTS, min_size=1, max_size=9),
+    max_rows=st.integers(2, 9),
+    solver=st.sampled_from(SOLVERS["flow"]),
+)
+def test_any_mix_is_drawn_as_if_alone(
+    requests: list[DrawRequest], max_rows: int, solver: SolverName
+) -> None:
+    drawer = with_solver(build_drawer(), solver)
     engine = DrawingEngine(max_rows=max_rows, max_queued=16)
     engine.activate(LoadedVersion(1, drawer))
     try:
@@ -111,6 +127,35 @@ def test_rows_join_and_leave_between_steps(start: Start) -> None:
     drawing = long.result(timeout=10)
     assert gate.batches == [2, 2, 2, 3, 3, 2], "the third step was at the gate already"
     assert_drawn_as_alone(drawing, drawer, ask(steps=6))
+
+
+def test_outside_its_guidance_interval_a_picture_costs_one_row(start: Start) -> None:
+    """Flow's four steps begin at timesteps 999, 749, 500 and 250; the other's four likewise."""
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer)
+    requests = [ask(steps=4, guidance_interval=(300, 800)), ask("a blue two", steps=4)]
+    futures = engine.submit_all(requests)
+    gate.allow()
+    for request, future in zip(requests, futures, strict=True):
+        assert_drawn_as_alone(future.result(timeout=10), drawer, request)
+    assert gate.batches[:4] == [3, 4, 4, 3]
+
+
+def test_a_size_conditioned_network_is_told_each_pictures_size(start: Start) -> None:
+    plain = build_drawer()
+    config = replace(plain.config, network=replace(plain.config.network, size_condition=True))
+    network = PixArt(config.network).eval().requires_grad_(False)
+    network.final_layer.linear.weight.normal_(std=0.1)
+    drawer = replace(plain, config=config, network=network)
+    told: list[Any] = []
+    network.t_block.register_forward_pre_hook(lambda _, args: told.append(args[0].tolist()))
+    request = ask(steps=1, width=48, height=24)
+    drawing = start(drawer).submit(request).result(timeout=10)
+    assert drawing.picture.shape == (24, 48, 3)
+    assert_drawn_as_alone(drawing, drawer, request)
+    alone(drawer, ask(steps=1, width=24, height=48))
+    assert told[0] == told[1] != told[2]
 
 
 def test_a_batch_never_exceeds_max_rows_and_keeps_its_order(start: Start) -> None:
@@ -262,6 +307,24 @@ def test_a_picture_off_the_grid_fails_alone(start: Start) -> None:
     with pytest.raises(DrawingError, match="width = 33 px"):
         bad.result(timeout=10)
     assert good.result(timeout=10).picture.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_interval": (800, 300)}, "guidance_interval = .*: must be timesteps"),
+        ({"guidance": float("nan")}, "guidance = nan: must be a finite number"),
+        ({"steps": 51}, "num_inference_steps = 51: must be 1 to 50 with lcm"),
+    ],
+)
+def test_what_a_version_cannot_draw_fails_alone(
+    start: Start, changes: dict[str, Any], message: str
+) -> None:
+    drawer = with_solver(build_drawer(), "lcm")
+    good, bad = start(drawer).submit_all([ask(), ask(**changes)])
+    with pytest.raises(ModelInputError, match=message):
+        bad.result(timeout=10)
+    assert_drawn_as_alone(good.result(timeout=10), drawer, ask())
 
 
 def test_without_a_version_nothing_is_accepted(start: Start) -> None:

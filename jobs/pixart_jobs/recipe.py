@@ -63,15 +63,31 @@ class EncodeSettings(Section):
     """Latents and text features."""
 
     autoencoder: str = "builtin:digits"
-    """``builtin:digits``, or a diffusers AutoencoderKL: local folder or hub id."""
+    """``builtin:digits``, or a diffusers AutoencoderKL or a pipeline that holds one: local folder
+    or hub id. Set HF_HUB_OFFLINE=1 where workers must not download."""
     text_encoder: str = "builtin:t5-tiny"
-    """``builtin:t5-tiny``, or a transformers T5 encoder: local folder or hub id."""
+    """``builtin:t5-tiny``, or a transformers T5 or a pipeline that holds one: local folder or hub
+    id."""
+    text_encoder_8bit: bool = False
+    """Hold T5's weights as int8 while encoding: T5-XXL in 6 GB instead of 10; needs CUDA and the
+    packages bitsandbytes and accelerate."""
     max_tokens: int = Field(48, ge=1, le=1024)
     resolutions: tuple[int, ...] = Field((32, 48), min_length=1)
     """Picture sides in pixels; one latent table each."""
+    aspect_buckets: bool = False
+    """Crop each picture to the nearest of ~40 shapes from 1:4 to 4:1 with about the area of the
+    resolution's square, and reject longer ones; otherwise to the square."""
     batch_images: int = Field(128, ge=1, le=4096)
     num_workers: int = Field(2, ge=1, le=1024)
     num_gpus: float = Field(0, ge=0, le=8)
+
+    @model_validator(mode="after")
+    def _no_idle_option(self) -> "EncodeSettings":
+        if self.text_encoder_8bit and self.text_encoder.startswith("builtin:"):
+            raise ValueError(
+                f"text_encoder_8bit = true has no effect on {self.text_encoder}; leave it off"
+            )
+        return self
 
 
 class StageSettings(Section):

@@ -16,9 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pixart_models.text import ModelNotFound
+from pixart_models.text import (
+    ModelSpec,
+    explain_failure,
+    find_model,
+    hash_tensors,
+    require_all_weights,
+)
 
 BUILTIN = "builtin:digits"
+SPEC = ModelSpec(
+    "autoencoder", "AutoencoderKL", part="vae", stem="diffusion_pytorch_model",
+    mark=("_class_name", "AutoencoderKL"),
+)  # fmt: skip
 
 
 @dataclass
@@ -66,19 +76,21 @@ def sample_moments(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
 
 
 def load_autoencoder(source: str, device: str = "cpu") -> Autoencoder:
-    """Load ``builtin:digits``, a local folder or a hub id. Raises ModelNotFound."""
+    """Load ``builtin:digits``, or an AutoencoderKL (or its pipeline) by local folder or hub id.
+
+    Always fp32: it is small, and some published ones overflow fp16. Raises ModelNotFound.
+    """
     from diffusers import AutoencoderKL
 
-    folder = str(files("pixart_models") / "assets/autoencoder") if source == BUILTIN else source
-    try:
-        model: Any = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError) as error:
-        raise ModelNotFound("autoencoder", source, str(error).splitlines()[0]) from error
-    model = model.to(device).eval().requires_grad_(False)
+    builtin = str(files("pixart_models") / "assets/autoencoder")
+    found = find_model(SPEC, builtin if source == BUILTIN else source)
+    with explain_failure(SPEC, source):
+        model, report = AutoencoderKL.from_pretrained(
+            found.folder, torch_dtype=torch.float32, use_safetensors=True,
+            low_cpu_mem_usage=False, output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    require_all_weights(SPEC, source, report)
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
+    hash_tensors(digest, model)
+    model = model.to(device).eval().requires_grad_(False)
     return Autoencoder(source, model, digest.hexdigest()[:16])

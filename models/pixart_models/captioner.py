@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixart_models.digits import DigitReader, UnreadableImage, describe
-from pixart_models.text import ModelNotFound
+from pixart_models.text import ModelSpec, explain_failure, find_model, require_all_weights
 
 BUILTIN = "builtin:digits"
 RAW = "builtin:raw"
+SPEC = ModelSpec(
+    "captioner", "AutoModelForImageTextToText", others=("*.json", "*.jinja", "*.model", "*.txt")
+)
 PROMPT_WITH_CAPTION = 'Given the caption of this image "{caption}", {request}'
 
 
@@ -87,17 +90,18 @@ class VisionLanguageCaptioner:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        try:
-            self._processor: Any = AutoProcessor.from_pretrained(source)
-            self._model: Any = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            raise ModelNotFound("captioner", source, str(error).splitlines()[0]) from error
+        folder = find_model(SPEC, source).folder
+        with explain_failure(SPEC, source):
+            self._processor: Any = AutoProcessor.from_pretrained(folder)
+            self._model, report = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        require_all_weights(SPEC, source, report)
         self._model = self._model.to(device).eval()
         self._processor.tokenizer.padding_side = "left"  # generation continues from the right end
         self.name = source
-        self.revision = str(getattr(self._model.config, "_commit_hash", None) or "local")
+        self.revision = folder.name if folder.parent.name == "snapshots" else "local"
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
 
     def _ask(self, raw_caption: str) -> str:

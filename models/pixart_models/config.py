@@ -19,7 +19,8 @@ class NetworkConfig:
     was trained on (2.0 for PixArt at 1024 px). ``predict_variance`` doubles the output channels
     for IDDPM's learned range. ``text_width`` and ``max_tokens`` matter to PixArt only,
     ``num_classes`` to DiT only. ``size_condition`` adds original size and aspect ratio to the
-    timestep (PixArt at 1024 px).
+    timestep (PixArt at 1024 px). ``qk_norm`` normalises queries and keys within each head, which
+    no published PixArt-alpha does.
     """
 
     architecture: Literal["pixart", "dit"] = "pixart"
@@ -36,6 +37,7 @@ class NetworkConfig:
     max_tokens: int = 120
     num_classes: int = 1000
     size_condition: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "patch", "latent_channels", "sample_size"):
@@ -74,12 +76,23 @@ _DEMO = NetworkConfig(
     text_width=64, max_tokens=48, num_classes=10,
 )  # fmt: skip
 
+_SIGMA = replace(_XL_2, max_tokens=300)  # Chen et al. 2024, arXiv 2403.04692: 300 text tokens
+
 PRESETS: dict[str, NetworkConfig] = {
     "pixart-xl-2-256": _XL_2,
     "pixart-xl-2-512": replace(_XL_2, sample_size=64),
     "pixart-xl-2-1024": replace(_XL_2, sample_size=128, position_scale=2.0, size_condition=True),
+    "pixart-sigma-xl-2-256": replace(_SIGMA, position_scale=0.5),
+    "pixart-sigma-xl-2-512": replace(_SIGMA, sample_size=64),
+    "pixart-sigma-xl-2-1024": replace(_SIGMA, sample_size=128, position_scale=2.0),
+    "pixart-s-2-256": replace(_XL_2, depth=12, width=384, heads=6),
+    "pixart-b-2-256": replace(_XL_2, depth=12, width=768, heads=12),
+    "pixart-l-2-256": replace(_XL_2, depth=24, width=1024, heads=16),
     "dit-xl-2-256": replace(_XL_2, architecture="dit"),
     "dit-xl-2-512": replace(_XL_2, architecture="dit", sample_size=64),
+    "dit-s-2-256": replace(_XL_2, architecture="dit", depth=12, width=384, heads=6),
+    "dit-b-2-256": replace(_XL_2, architecture="dit", depth=12, width=768, heads=12),
+    "dit-l-2-256": replace(_XL_2, architecture="dit", depth=24, width=1024, heads=16),
     "digits": _DEMO,
     "digits-mini": replace(_DEMO, depth=2, width=48, heads=4),
 }

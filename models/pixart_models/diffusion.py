@@ -15,7 +15,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pixart_models.errors import ModelInputError
+
 NUM_TIMESTEPS = 1000
+MIN_SNR_GAMMA = 5.0  # what Hang et al. 2023 use throughout
 ObjectiveName = Literal["flow", "iddpm"]
 
 
@@ -79,9 +82,12 @@ class IDDPM:
     """The paper's objective: epsilon plus a learned variance range (Nichol & Dhariwal 2021).
 
     Linear betas 1e-4..2e-2 over 1000 steps, t uniform; the variance term is the variational bound
-    with the mean's gradient stopped, not rescaled, as in the released code.
+    with the mean's gradient stopped, not rescaled, as in the released code. ``min_snr_gamma``
+    weighs epsilon's error, and it alone, by min(SNR, gamma) / SNR (Hang et al. 2023, arXiv
+    2303.09556), so that nearly clean inputs no longer rule the gradient.
     """
 
+    min_snr_gamma: float | None = None
     name: ObjectiveName = "iddpm"
     predicts_variance: bool = True
 
@@ -104,8 +110,14 @@ class IDDPM:
         of_xt = (1 - previous) * (1 - self.betas).sqrt() / (1 - cumulative)
         return log_variance, of_x0, of_xt
 
+    @cached_property
+    def _epsilon_weight(self) -> Tensor:
+        """Weight of epsilon's error at each timestep: min(SNR, gamma) / SNR, or 1."""
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        return snr.clamp(max=self.min_snr_gamma or math.inf) / snr
+
     def _at(self, table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-        return _per_row(table.to(timesteps.device)[timesteps.long()], like)
+        return _per_row(table.to(timesteps.device, non_blocking=True)[timesteps.long()], like)
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
         return (uniform * NUM_TIMESTEPS).floor().clamp(max=NUM_TIMESTEPS - 1)
@@ -117,10 +129,10 @@ class IDDPM:
     def loss(
         self, output: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, timesteps: Tensor
     ) -> Tensor:
-        epsilon, variance = output.chunk(2, dim=1)
+        epsilon, variance = output.chunk(2, dim=1)  # loss = w |epsilon - e|^2 + bound
         squared = (epsilon - noise).square().mean(dim=(1, 2, 3))
         bound = self.variational_bound(epsilon.detach(), variance, x0, x_t, timesteps)
-        return squared + bound
+        return self._at(self._epsilon_weight, timesteps, squared).flatten() * squared + bound
 
     def variational_bound(
         self, epsilon: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor
@@ -159,6 +171,17 @@ def _discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Ten
     return -torch.where(x < -0.999, upper.clamp(min=1e-12).log(), tail)
 
 
-def get_objective(name: ObjectiveName, flow_location: float = 0.0) -> Objective:
-    """The objective called ``name``; ``flow_location`` shifts flow's training timesteps only."""
-    return RectifiedFlow(flow_location) if name == "flow" else IDDPM()
+def get_objective(
+    name: ObjectiveName, flow_location: float = 0.0, min_snr_gamma: float | None = None
+) -> Objective:
+    """The objective called ``name``; ``flow_location`` shifts flow's training timesteps only.
+
+    ``min_snr_gamma`` (usually MIN_SNR_GAMMA) is IDDPM's; raises ModelInputError with flow, whose
+    timestep distribution does the weighing, or when it is not a positive number.
+    """
+    if min_snr_gamma is not None and (name == "flow" or not 0 < min_snr_gamma < math.inf):
+        raise ModelInputError(
+            f"min_snr_gamma = {min_snr_gamma} with objective {name!r}: "
+            f"must be a positive number with iddpm, and left out with flow"
+        )
+    return RectifiedFlow(flow_location) if name == "flow" else IDDPM(min_snr_gamma)

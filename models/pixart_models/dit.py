@@ -8,7 +8,6 @@ Legend: B batch, N image tokens, D width, C latent channels, H, W latent size.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pixart_models.config import NetworkConfig
 from pixart_models.layers import (
@@ -19,9 +18,10 @@ from pixart_models.layers import (
     TimestepEmbedder,
     initialize_linears,
     linear_at,
-    modulate,
+    modulate_norm,
     unpatchify,
 )
+from pixart_models.token_drop import Route, run_blocks
 
 
 class LabelEmbedder(nn.Module):
@@ -42,7 +42,7 @@ class DiTBlock(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         width = config.width
-        self.attn = SelfAttention(width, config.heads)
+        self.attn = SelfAttention(width, config.heads, config.qk_norm)
         self.mlp = Mlp(width, int(width * config.mlp_ratio), width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -50,11 +50,8 @@ class DiTBlock(nn.Module):
         modulation: Tensor = self.adaLN_modulation(condition)[:, None]
         chunks = modulation.chunk(6, dim=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
-        width = x.shape[-1:]
-        normed = functional.layer_norm(x, width, eps=1e-6)
-        x = x + gate_a * self.attn(modulate(normed, shift_a, scale_a))  # (B, N, D)
-        normed = functional.layer_norm(x, width, eps=1e-6)
-        mixed: Tensor = self.mlp(modulate(normed, shift_m, scale_m))
+        x = x + gate_a * self.attn(modulate_norm(x, shift_a, scale_a))  # (B, N, D)
+        mixed: Tensor = self.mlp(modulate_norm(x, shift_m, scale_m))
         return x + gate_m * mixed  # (B, N, D)
 
 
@@ -69,8 +66,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        normed = functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-        patches: Tensor = self.linear(modulate(normed, shift, scale))
+        patches: Tensor = self.linear(modulate_norm(x, shift, scale))
         return patches
 
 
@@ -81,6 +77,7 @@ class DiT(nn.Module):
         super().__init__()
         assert config.architecture == "dit"
         self.config = config
+        self.checkpoint_blocks = False  # recompute each block in backward instead of keeping it
         self.x_embedder = PatchEmbed(config.latent_channels, config.patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
@@ -108,14 +105,19 @@ class DiT(nn.Module):
         embedded: Tensor = self.t_embedder(timesteps) + self.y_embedder(labels)
         return embedded
 
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """Predict (B, C or 2C, H, W); labels are int64 in 0..num_classes (the last is null)."""
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, labels: Tensor, route: Route | None = None
+    ) -> Tensor:
+        """Predict (B, C or 2C, H, W); with a masking ``route`` the kept patches (see take_patches).
+
+        labels are int64 in 0..num_classes (the last is null).
+        """
         h, w = (side // self.config.patch for side in latents.shape[-2:])
         x = self.x_embedder(latents)  # (B, N, D)
         x = x + self.positions(h, w, x)
         condition = self.condition(timesteps, labels)  # (B, D)
-        for block in self.blocks:
-            x = block(x, condition)  # (B, N, D)
+        x = run_blocks(self.blocks, x, (condition,), route, self.checkpoint_blocks)
+        h, w = (h, w) if x.shape[1] == h * w else (x.shape[1], 1)  # (B, N or K, D)
         return unpatchify(self.final_layer(x, condition), h, w, self.config.patch)
 
     def null_label(self, batch: int, device: torch.device) -> Tensor:

@@ -1,14 +1,21 @@
 """From prompts to pictures: the plain offline way, and the pieces the serving engine reuses.
 
-A picture is a function of (snapshot, prompt, negative prompt, seed, steps, guidance, size): its
-noise comes from its own generator, so it does not depend on what else is in the batch.
+A picture is a function of (snapshot, prompt, negative prompt, seed, steps, guidance and its
+interval, size): its noise, a solver's fresh noise too, comes from generators of its own, so it
+does not depend on what else is in the batch.
+
+What decides the shape of a batch (timesteps, scales, who is guided now) lives on the CPU and goes
+to the device in small asynchronous copies, so that choosing it never waits for the device.
 
 Legend: B rows, L text tokens, Dt text width, C latent channels, h, w latent size.
 """
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,20 +23,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixart_models.autoencoder import Autoencoder, load_autoencoder
-from pixart_models.diffusion import ObjectiveName
+from pixart_models.diffusion import NUM_TIMESTEPS, ObjectiveName
 from pixart_models.dit import DiT
 from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, SnapshotError, load_network
-from pixart_models.solvers import build_schedule, guide, solver_step
+from pixart_models.solvers import SolverName, build_schedule, guide, need_noise, solver_step
 from pixart_models.text import TextEncoder, load_text_encoder, pad_features
 
 DEFAULT_STEPS = 12
 DEFAULT_GUIDANCE = 2.5
+EVERYWHERE = (0.0, float(NUM_TIMESTEPS))  # a guidance interval that leaves nothing out
+
+_Shape = tuple[int, int, int]  # of one picture's latents: C, h, w
+_Value = TypeVar("_Value", float, str)
 
 
 class DrawingError(ModelInputError):
     """A picture that was asked for and cannot be drawn."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly a row is guided, and when; a scale of 1 is no guidance.
+
+    The interval (low, high) is in timesteps as the network is told them, ends included: 0 is
+    clean, 1000 noise. Guidance in the middle alone keeps the variety that the noisy end decides,
+    and costs one row, not two, outside (Kynkaanniemi et al. 2024, arXiv 2404.07724, section 3,
+    who count in sigma: flow's timestep is 1000 sigma / (1 + sigma)).
+    """
+
+    scale: float
+    interval: tuple[float, float] = EVERYWHERE
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not math.isfinite(self.scale):
+            raise DrawingError(f"guidance = {self.scale}: must be a finite number")
+        if not 0 <= low <= high <= NUM_TIMESTEPS:
+            raise DrawingError(
+                f"guidance_interval = {self.interval}: must be timesteps (low, high) with "
+                f"0 <= low <= high <= {NUM_TIMESTEPS}"
+            )
+
+    def at(self, timestep: float) -> float:
+        """The scale now: 1 outside the interval."""
+        low, high = self.interval
+        return self.scale if low <= timestep <= high else 1.0
 
 
 @dataclass
@@ -45,7 +85,7 @@ class Drawer:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+    def latent_shape(self, width: int, height: int) -> _Shape:
         """(C, h, w) of a picture in pixels. Raises DrawingError off the grid."""
         step = self.autoencoder.factor * self.config.network.patch
         for name, side in (("width", width), ("height", height)):
@@ -61,37 +101,95 @@ class Drawer:
         seeds: Sequence[int],
         *,
         steps: int = DEFAULT_STEPS,
-        guidance: float = DEFAULT_GUIDANCE,
-        negative_prompt: str = "",
+        guidance: float | Sequence[float] = DEFAULT_GUIDANCE,
+        guidance_interval: tuple[float, float] = EVERYWHERE,
+        negative_prompt: str | Sequence[str] = "",
         size: tuple[int, int] | None = None,
     ) -> NDArray[np.uint8]:
-        """Draw one picture a prompt, (B, H, W, 3); ``size`` is (width, height) in pixels."""
+        """Draw one picture a prompt, (B, H, W, 3); ``size`` is (width, height) in pixels.
+
+        ``guidance`` and ``negative_prompt`` are one for all or one a prompt; guidance acts at
+        timesteps within ``guidance_interval`` (see Guidance). Raises DrawingError or
+        SolverError for what cannot be drawn.
+        """
         width, height = size or (self.config.resolution, self.config.resolution)
         shape = self.latent_shape(width, height)
-        features = self.text_encoder.encode([*prompts, negative_prompt])
-        scale = torch.full((len(prompts),), guidance, device=self.device)
+        scales = _per_prompt("guidance", guidance, len(prompts))
+        guided = [Guidance(scale, guidance_interval) for scale in scales]
+        negatives = _per_prompt("negative_prompt", negative_prompt, len(prompts))
+        if len(seeds) != len(prompts):
+            raise DrawingError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each")
+        texts = list(dict.fromkeys([*prompts, *negatives]))
+        features = dict(zip(texts, self.text_encoder.encode(texts), strict=True))
+        wanted, unwanted = [features[p] for p in prompts], [features[n] for n in negatives]
+        sizes = picture_sizes(width, height, len(prompts))
 
         def predict_at(x: Tensor, timesteps: Tensor) -> Tensor:
-            return predict(self.network, x, timesteps, features[:-1], features[-1:] * len(x), scale)
+            now = [g.at(t) for g, t in zip(guided, timesteps.tolist(), strict=True)]
+            return predict(self.network, x, timesteps, wanted, unwanted, now, sizes)
 
         x = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(self.device)
-        return self.autoencoder.decode(solve(predict_at, x, self.config.objective, steps))
+        config = self.config
+        return self.autoencoder.decode(
+            solve(predict_at, x, config.objective, steps, config.solver, seeds)
+        )
 
 
-def initial_noise(seed: int, shape: tuple[int, int, int]) -> Tensor:
+def _per_prompt(name: str, value: _Value | Sequence[_Value], count: int) -> list[_Value]:
+    """One value a prompt, from one for all or a sequence. Raises DrawingError."""
+    if isinstance(value, str | float | int):
+        return [value] * count
+    if len(value) != count:
+        raise DrawingError(f"{name} holds {len(value)} values for {count} prompts: give one each")
+    return list(value)
+
+
+def picture_sizes(width: int, height: int, count: int) -> Tensor:
+    """What a size-conditioned network is told, (count, 3): height and width in px, height/width."""
+    return torch.tensor([[height, width, height / width]]).expand(count, -1)
+
+
+def initial_noise(seed: int, shape: _Shape) -> Tensor:
     """Noise (C, h, w) of one picture, from its own CPU generator."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def fresh_noise(
+    lines: Tensor, seeds: Sequence[int], steps: Sequence[int], x: Tensor
+) -> Tensor | None:
+    """Noise like x (B, C, h, w) where solver lines (B, 6) noise rows again; None if nowhere.
+
+    A row's noise is a function of its seed and its step alone.
+    """
+    rows = need_noise(lines)
+    if not rows:
+        return None
+    noise = torch.zeros(x.shape)
+    for i in rows:
+        name = hashlib.blake2b(f"{seeds[i]} {steps[i]}".encode(), digest_size=8).digest()
+        noise[i] = initial_noise(int.from_bytes(name, "big") >> 1, (*x.shape[1:],))
+    return noise.to(x.dtype).to(x.device, non_blocking=True)
+
+
 def solve(
-    predict_at: Callable[[Tensor, Tensor], Tensor], x: Tensor, objective: ObjectiveName, steps: int
+    predict_at: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    objective: ObjectiveName,
+    steps: int,
+    solver: SolverName = "dpm++2m",
+    seeds: Sequence[int] = (),
 ) -> Tensor:
-    """Carry noise x (B, C, h, w) to clean latents in ``steps`` network evaluations."""
-    schedule = build_schedule(objective, steps)
+    """Carry noise x (B, C, h, w) to clean latents in ``steps`` network evaluations.
+
+    ``predict_at(x, timesteps)`` gets its timesteps (B,) on the CPU; lcm needs the rows' seeds.
+    """
+    schedule = build_schedule(objective, steps, solver)
     x0 = torch.zeros_like(x)
-    for timestep, line in zip(schedule.timesteps, schedule.table, strict=True):
-        output = predict_at(x, timestep.expand(len(x)).to(x.device))
-        x, x0 = solver_step(x, output, x0, line.expand(len(x), -1))
+    for step, (timestep, line) in enumerate(zip(schedule.timesteps, schedule.table, strict=True)):
+        output = predict_at(x, timestep.expand(len(x)))
+        lines = line.expand(len(x), -1)
+        noise = fresh_noise(lines, seeds, [step] * len(x), x)
+        x, x0 = solver_step(x, output, x0, lines, noise)
     return x
 
 
@@ -113,7 +211,8 @@ def draw_classes(
     scale = torch.full((len(labels),), guidance, device=device)
 
     def predict_at(x: Tensor, timesteps: Tensor) -> Tensor:
-        output = network(x.repeat(2, 1, 1, 1), timesteps.repeat(2), classes)[:, : x.shape[1]]
+        times = timesteps.repeat(2).to(x.device, non_blocking=True)
+        output = network(x.repeat(2, 1, 1, 1), times, classes)[:, : x.shape[1]]
         conditional, unconditional = output.chunk(2)
         return guide(conditional, unconditional, scale)
 
@@ -127,23 +226,30 @@ def predict(
     timesteps: Tensor,
     features: Sequence[Tensor],
     negatives: Sequence[Tensor],
-    scale: Tensor,
+    scale: Sequence[float],
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """Guided network output (B, C, h, w): conditional and unconditional rows in one forward.
 
-    features and negatives are rows (L_i, Dt); rows whose scale (B,) is 1 cost one row, not two.
+    timesteps (B,) and sizes (B, 3) are on the CPU; features and negatives are rows (L_i, Dt);
+    rows whose ``scale`` is 1 cost one row, not two. A size-conditioned network needs ``sizes``.
     """
-    guided = (scale != 1).nonzero().flatten()
-    text, mask = pad_features([*features, *(negatives[i] for i in guided.tolist())])
-    latents = torch.cat([x, x[guided]])
-    times = torch.cat([timesteps, timesteps[guided]])
-    output: Tensor = network(latents, times, text.to(x.dtype), mask)[:, : x.shape[1]]
-    conditional, unconditional = output[: len(x)], output[len(x) :]
-    if len(guided) == 0:
+
+    def upload(values: Tensor) -> Tensor:
+        return values.to(x.device, non_blocking=True)
+
+    guided = [i for i, s in enumerate(scale) if s != 1]
+    rows = torch.tensor([*range(len(x)), *guided])
+    again = upload(rows[len(x) :])
+    latents = torch.cat([x, x[again]]) if guided else x
+    text, mask = pad_features([*features, *(negatives[i] for i in guided)])
+    told = None if sizes is None else upload(sizes[rows])
+    output: Tensor = network(latents, upload(timesteps[rows]), text.to(x.dtype), mask, told)
+    conditional, unconditional = output[:, : x.shape[1]].tensor_split([len(x)])
+    if not guided:
         return conditional
-    mixed = conditional.clone()
-    mixed[guided] = guide(conditional[guided], unconditional, scale[guided])
-    return mixed
+    others = conditional.index_copy(0, again, unconditional)  # itself where there is no guidance
+    return guide(conditional, others, upload(torch.tensor(scale)))
 
 
 def load_drawer(folder: Path, device: str = "cpu", like: "Drawer | None" = None) -> Drawer:
@@ -156,8 +262,6 @@ def load_drawer(folder: Path, device: str = "cpu", like: "Drawer | None" = None)
     config, network = load_network(folder, device)
     if not isinstance(network, PixArt):
         raise SnapshotError(f"{folder} holds a class-conditional DiT: only PixArt draws prompts")
-    if config.network.size_condition:
-        raise SnapshotError(f"{folder} is conditioned on picture sizes, which cannot be drawn yet")
     same_text = like and like.config.text_encoder_digest == config.text_encoder_digest
     if like and same_text and like.text_encoder.max_tokens == config.network.max_tokens:
         text_encoder = like.text_encoder

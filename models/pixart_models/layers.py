@@ -1,19 +1,25 @@
 """Parts that DiT and PixArt share: embeddings, attention, MLP, patches, positions.
 
 Submodule names follow the published checkpoints (``attn.qkv``, ``mlp.fc1`` ...), so conversion is
-a copy. Attention is torch's scaled_dot_product_attention throughout.
+a copy. Text travels packed: nothing is computed on padding.
 
-Legend: B batch, N image tokens, L text tokens, D width, C latent channels, H, W latent size,
-h, w token grid, p patch.
+Legend: B batch, N image tokens, L text tokens of a row, T of all rows, D width, C latent channels,
+H, W latent size, h, w token grid, p patch.
 """
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pixart_models import cpu_kernels
+from pixart_models.errors import ModelInputError
+
+_EPS = 1e-6  # of every norm
 FREQUENCIES = 256  # width of the sinusoidal timestep features
 
 
@@ -45,48 +51,151 @@ def linear_at(layers: nn.Sequential, index: int) -> nn.Linear:
     return layer
 
 
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """tokens (B, N, D) * (1 + scale) + shift, with shift and scale (B, 1, D)."""
-    return tokens * (1 + scale) + shift
+def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without weights of x (B, N, D), times (1 + scale) + shift, each (B, 1, D)."""
+    if cpu_kernels.fits(x):
+        return cpu_kernels.modulate_norm(x, shift, scale, _EPS)
+    return functional.layer_norm(x, x.shape[-1:], eps=_EPS) * (1 + scale) + shift
+
+
+def split_linear(linear: nn.Linear, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """``linear(x)`` cut into equal ``parts`` along its last dimension."""
+    if cpu_kernels.fits(x):
+        return cpu_kernels.split_linear(x, linear.weight, linear.bias, parts)
+    cut: tuple[Tensor, ...] = linear(x).chunk(parts, dim=-1)
+    return cut
+
+
+class MaskError(ModelInputError):
+    """A text mask that does not say which tokens are real."""
+
+
+class PackedText(NamedTuple):
+    """Text features of B captions, one after another, without padding.
+
+    ``tokens`` (T, Dt); ``offsets`` (B + 1,) int32, where each caption begins, then T; ``longest``
+    is the most tokens of a caption.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    longest: int
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "PackedText":
+        """Copied without waiting for the device."""
+        tokens = self.tokens.to(device, dtype, non_blocking=True)
+        return PackedText(tokens, self.offsets.to(device, non_blocking=True), self.longest)
+
+
+def pack_text(rows: Sequence[Tensor]) -> PackedText:
+    """Pack the features (L_i, Dt) of each caption; L_i at least 1, or MaskError."""
+    lengths = [len(row) for row in rows]
+    if 0 in lengths:
+        raise MaskError(f"caption {lengths.index(0)} has no tokens; an empty prompt has one")
+    offsets = torch.tensor([0, *lengths], device=rows[0].device).cumsum(0).to(torch.int32)
+    return PackedText(torch.cat(list(rows)), offsets, max(lengths))
+
+
+def pack_padded(text: Tensor, mask: Tensor | None) -> PackedText:
+    """Pack padded features (B, L, Dt); mask (B, L) bool is True where a token is real.
+
+    Without a mask all are. Waits for a device the mask lives on. Raises MaskError for a mask of
+    another shape or type, or with an empty row.
+    """
+    batch, length, width = text.shape
+    if mask is None:
+        mask = torch.ones(batch, length, dtype=torch.bool, device=text.device)
+    if mask.shape != (batch, length) or mask.dtype != torch.bool:
+        raise MaskError(
+            f"the text mask is {mask.dtype} of shape {tuple(mask.shape)}; with text of shape "
+            f"{tuple(text.shape)} it must be torch.bool of shape {(batch, length)}"
+        )
+    lengths = mask.sum(dim=1)
+    if not (counts := lengths.tolist()) or 0 in counts:
+        raise MaskError(f"the text masks of rows {[i for i, n in enumerate(counts) if not n]} are "
+                        f"all False; an empty prompt still has one real token")  # fmt: skip
+    offsets = functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    tokens = text.reshape(-1, width) if min(counts) == length else text[mask]
+    return PackedText(tokens, offsets, max(counts))
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a fused qkv projection."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (_head_norm(width // heads, qk_norm) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        """x (B, N, D) -> (B, N, D)."""
+        shape = (*x.shape[:2], self.heads, -1)
+        query, key, value = (part.view(shape) for part in split_linear(self.qkv, x, 3))
+        mixed = _attend(self.q_norm(query), self.k_norm(key), value)  # (B, N, heads, d)
+        projected: Tensor = self.proj(mixed.flatten(2))
         return projected
 
 
-class CrossAttention(nn.Module):
-    """Image tokens (queries) look at text tokens (keys, values)."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """torch's attention for (B, tokens, heads, d) tensors; mask (B, 1, 1, L)."""
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return mixed.transpose(1, 2)
 
-    def __init__(self, width: int, heads: int) -> None:
+
+def _head_norm(width: int, on: bool) -> nn.Module:
+    """RMS norm of queries or keys within a head (Esser et al. 2024, section 5.3.2), or nothing."""
+    return nn.RMSNorm(width, eps=_EPS) if on else nn.Identity()
+
+
+class CrossAttention(nn.Module):
+    """Image tokens (queries) look at the text tokens of their own row (keys, values)."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.q_linear = nn.Linear(width, width)
         self.kv_linear = nn.Linear(width, 2 * width)
+        self.q_norm, self.k_norm = (_head_norm(width // heads, qk_norm) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, N, D), text (B, L, D), mask (B, 1, 1, L) True where a token is real."""
-        batch, tokens, width = x.shape
-        query = self.q_linear(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
-        kv = self.kv_linear(text).view(batch, text.shape[1], 2, self.heads, -1)
-        key, value = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, D/heads)
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+    def forward(self, x: Tensor, text: PackedText) -> Tensor:
+        """x (B, N, D); text with tokens (T, D)."""
+        query = self.q_norm(self.q_linear(x).view(*x.shape[:2], self.heads, -1))  # (B, N, heads, d)
+        shape = (-1, self.heads, query.shape[-1])
+        key, value = (t.view(shape) for t in split_linear(self.kv_linear, text.tokens, 2))
+        mixed = attend_packed(query, self.k_norm(key), value, text)  # (B, N, heads, d)
+        projected: Tensor = self.proj(mixed.flatten(2))
         return projected
+
+
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -> Tensor:
+    """Attention of query (B, N, heads, d) to its row's part of key and value (T, heads, d).
+
+    Three ways to the same numbers: row by row on the CPU; one variable-length kernel in half
+    precision on a GPU; and elsewhere padded again behind a mask.
+    """
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = text.offsets.diff().tolist()
+        keys, values = torch.split(key, lengths), torch.split(value, lengths)
+        rows = zip(torch.split(query, 1), keys, values, strict=True)
+        return torch.cat([_attend(q, k[None], v[None]) for q, k, v in rows])
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        batch, tokens = query.shape[:2]
+        starts = torch.arange(batch + 1, device=query.device, dtype=torch.int32) * tokens
+        flat: Any = varlen_attn(
+            query.flatten(0, 1), key, value, starts, text.offsets, tokens, text.longest
+        )
+        mixed: Tensor = flat.view_as(query)
+        return mixed
+    place = torch.arange(text.longest, device=key.device)
+    index = (text.offsets[:-1, None] + place).clamp(max=len(key) - 1)  # (B, L)
+    real = place < text.offsets.diff()[:, None]  # (B, L)
+    return _attend(query, key[index], value[index], real[:, None, None])
 
 
 class Mlp(nn.Module):
@@ -111,7 +220,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         tokens: Tensor = self.proj(latents)  # (B, D, h, w)
-        return tokens.flatten(2).transpose(1, 2)  # (B, N, D)
+        # Contiguous, or every residual sum would keep the transposed layout and every use copy it.
+        return tokens.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
@@ -156,8 +266,9 @@ class Positions(nn.Module):
         """(1, h*w, D) on the device and in the dtype of ``like``."""
         key = (h, w, like.device, like.dtype)
         if key not in self._cache:
-            table = sincos_positions(self.width, h, w, self.base, self.scale)
-            self._cache[key] = table.to(like.device, like.dtype)[None]
+            with torch.inference_mode(False):  # a picture drawn first must not spoil training
+                table = sincos_positions(self.width, h, w, self.base, self.scale)
+                self._cache[key] = table.to(like.device, like.dtype)[None]
             if len(self._cache) > self.MAX_SHAPES:
                 self._cache.popitem(last=False)
         return self._cache[key]

@@ -4,30 +4,33 @@ Against DiT: cross-attention to text in each block, and adaLN-single: one map of
 shared by all blocks, to which each block adds its own small table. The timestep is per sample,
 so a batch may mix any of them.
 
-Legend: B batch, N image tokens, L text tokens, D width, C latent channels, H, W latent size.
+Legend: B batch, N image tokens, L text tokens of a row, T of all rows, D width, C latent channels,
+H, W latent size.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pixart_models.config import NetworkConfig
 from pixart_models.layers import (
     CrossAttention,
     Mlp,
+    PackedText,
     PatchEmbed,
     Positions,
     SelfAttention,
     TimestepEmbedder,
     initialize_linears,
     linear_at,
-    modulate,
+    modulate_norm,
+    pack_padded,
     unpatchify,
 )
+from pixart_models.token_drop import Route, run_blocks
 
 
 class CaptionEmbedder(nn.Module):
-    """Projects text features (B, L, text_width) to (B, L, D)."""
+    """Projects text features (T, text_width) to (T, D)."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -51,21 +54,18 @@ class PixArtBlock(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         width = config.width
-        self.attn = SelfAttention(width, config.heads)
-        self.cross_attn = CrossAttention(width, config.heads)
+        self.attn = SelfAttention(width, config.heads, config.qk_norm)
+        self.cross_attn = CrossAttention(width, config.heads, config.qk_norm)
         self.mlp = Mlp(width, int(width * config.mlp_ratio), width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
-    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, text: PackedText, modulation: Tensor) -> Tensor:
         """modulation (B, 6, D): the shared map of the timestep; this block's table is added."""
         chunks = (self.scale_shift_table + modulation).chunk(6, dim=1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
-        width = x.shape[-1:]
-        normed = functional.layer_norm(x, width, eps=1e-6)
-        x = x + gate_a * self.attn(modulate(normed, shift_a, scale_a))  # (B, N, D)
-        x = x + self.cross_attn(x, text, mask)  # (B, N, D)
-        normed = functional.layer_norm(x, width, eps=1e-6)
-        mixed: Tensor = self.mlp(modulate(normed, shift_m, scale_m))
+        x = x + gate_a * self.attn(modulate_norm(x, shift_a, scale_a))  # (B, N, D)
+        x = x + self.cross_attn(x, text)  # (B, N, D)
+        mixed: Tensor = self.mlp(modulate_norm(x, shift_m, scale_m))
         return x + gate_m * mixed  # (B, N, D)
 
 
@@ -80,8 +80,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
-        normed = functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-        patches: Tensor = self.linear(modulate(normed, shift, scale))
+        patches: Tensor = self.linear(modulate_norm(x, shift, scale))
         return patches
 
 
@@ -92,6 +91,7 @@ class PixArt(nn.Module):
         super().__init__()
         assert config.architecture == "pixart"
         self.config = config
+        self.checkpoint_blocks = False  # recompute each block in backward instead of keeping it
         width = config.width
         self.x_embedder = PatchEmbed(config.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -126,13 +126,14 @@ class PixArt(nn.Module):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        text: Tensor,
+        text: Tensor | PackedText,
         mask: Tensor | None = None,
         sizes: Tensor | None = None,
+        route: Route | None = None,
     ) -> Tensor:
-        """Predict (B, C or 2C, H, W).
+        """Predict (B, C or 2C, H, W); with a masking ``route`` the kept patches (see take_patches).
 
-        text (B, L, text_width); mask (B, L) bool, True where a token is real, at least one a row;
+        text packed, or padded (B, L, text_width) with mask (B, L) bool, True where a token is real;
         sizes (B, 3) original height, width in pixels and height / width, with size_condition.
         """
         h, w = (side // self.config.patch for side in latents.shape[-2:])
@@ -145,8 +146,10 @@ class PixArt(nn.Module):
             parts = [self.csize_embedder(sizes[:, :2]), self.ar_embedder(sizes[:, 2:])]
             embedded = embedded + torch.cat(parts, dim=1)
         modulation = self.t_block(embedded).view(len(x), 6, -1)  # (B, 6, D)
-        text = self.y_embedder(text)  # (B, L, D)
-        key_mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
-        for block in self.blocks:
-            x = block(x, text, modulation, key_mask)  # (B, N, D)
+        packed = text if isinstance(text, PackedText) else pack_padded(text, mask)
+        packed = packed._replace(tokens=self.y_embedder(packed.tokens))  # (T, D)
+        x = run_blocks(
+            self.blocks, x, (packed, modulation), route, self.checkpoint_blocks
+        )  # (B, N or K, D)
+        h, w = (h, w) if x.shape[1] == h * w else (x.shape[1], 1)
         return unpatchify(self.final_layer(x, embedded), h, w, self.config.patch)

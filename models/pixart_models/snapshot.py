@@ -6,9 +6,10 @@ text feature from other weights is silent nonsense.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +21,16 @@ from pixart_models.diffusion import ObjectiveName
 from pixart_models.dit import DiT
 from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
+from pixart_models.solvers import SolverName, check_solver
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MAX_PARAMETERS = 20_000_000_000  # refuse a config that would allocate more
+_MOST = {  # numbers that reach an allocation, a loop or a division; all are above 0
+    "depth": 1000, "width": 32_768, "heads": 1024, "patch": 64, "mlp_ratio": 64,
+    "latent_channels": 1024, "sample_size": 4096, "position_scale": 1000, "text_width": 32_768,
+    "max_tokens": 8192, "num_classes": 1_000_000, "resolution": 32_768,
+}  # fmt: skip
 
 
 class SnapshotError(ModelInputError):
@@ -32,7 +39,11 @@ class SnapshotError(ModelInputError):
 
 @dataclass(frozen=True)
 class SnapshotConfig:
-    """Everything but the weights. ``resolution`` is the native picture side in pixels."""
+    """Everything but the weights.
+
+    ``resolution`` is the native picture side in pixels; ``solver`` is the one these weights are
+    drawn with: distilled ones need lcm.
+    """
 
     network: NetworkConfig
     objective: ObjectiveName
@@ -41,24 +52,52 @@ class SnapshotConfig:
     autoencoder_digest: str
     text_encoder: str
     text_encoder_digest: str
+    solver: SolverName = "dpm++2m"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "SnapshotConfig":
         """Parse and validate. Raises SnapshotError naming ``where``."""
         try:
             raw = json.loads(text)
-            network = NetworkConfig(**raw.pop("network"))
-            unknown = set(raw) - {f.name for f in fields(cls)}
-            if unknown:
-                raise TypeError(f"unknown keys {sorted(unknown)}")
-            if raw.get("objective") not in get_args(ObjectiveName):
-                raise ValueError(f"unknown objective {raw.get('objective')!r}")
-            config = cls(network=network, **raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            network = raw.pop("network")
+            _check_fields(NetworkConfig, network, "network.")
+            _check_fields(cls, raw, "")
+            config = cls(network=NetworkConfig(**network), **raw)
+            check_solver(config.objective, config.solver)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise SnapshotError(f"{where} is not a snapshot config: {error}") from error
         if config.network.depth * config.network.width**2 * 18 > MAX_PARAMETERS:
             raise SnapshotError(f"{where} asks for a network beyond {MAX_PARAMETERS:,} parameters")
         return config
+
+
+def _check_fields(kind: type, values: dict[str, Any], prefix: str) -> None:
+    """Raise TypeError or ValueError unless ``values`` fit ``kind``'s annotations and ``_MOST``."""
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise TypeError(f"unknown keys {unknown}")
+    for name, value in values.items():
+        place = f"{prefix}{name} = {value!r:.60}"
+        if not _fits(value, hints[name]):
+            raise TypeError(f"{place}: must be {_describe(hints[name])}")
+        if name in _MOST and not 0 < value <= _MOST[name]:
+            raise ValueError(f"{place}: must be above 0 and at most {_MOST[name]}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value from JSON has the annotated type; a bool is no number."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float and isinstance(value, float):
+        return math.isfinite(value)
+    return type(value) is (int if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return "a finite number" if hint is float else f"of type {hint.__name__}"
 
 
 def build_network(config: NetworkConfig) -> PixArt | DiT:

@@ -1,11 +1,16 @@
 """Solvers as tables: every step of every solver here is one linear update of a row.
 
     x0     = p x + q out               (what the network's output says about the clean latent)
-    x_next = a x + b (x0 + k (x0 - x0_before))
+    x_next = a x + b (x0 + k (x0 - x0_before)) + n z
 
-DDIM and Euler have k = 0; DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) has
-k = h / (2 h_before). So a schedule is five coefficients and a timestep per step, gathered per row:
-rows at different steps, of different step counts, advance in one vectorised update.
+dpm++2m: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), k = h / (2 h_before).
+euler:   of flow's straight paths, k = 0. ddim: of epsilon (Song et al. 2020, eq. 12, eta 0), k = 0.
+lcm:     of distilled weights (Luo et al. 2023, arXiv 2310.04378): jump to x0, then noise z again,
+         a = 0; its boundary scaling c_skip x + c_out x0 is folded into p and q.
+
+So a schedule is six coefficients and a timestep per step, gathered per row: rows at different
+steps, of different step counts and solvers, advance in one vectorised update. Tables stay on the
+CPU, where choosing lines costs the device no wait; a step's lines go over in one small copy.
 
 Legend: B rows, S steps.
 """
@@ -18,15 +23,26 @@ import torch
 from torch import Tensor
 
 from pixart_models.diffusion import IDDPM, NUM_TIMESTEPS, ObjectiveName
+from pixart_models.errors import ModelInputError
 
-SolverName = Literal["dpm++2m", "euler"]
+SolverName = Literal["dpm++2m", "euler", "ddim", "lcm"]
+SOLVERS: dict[ObjectiveName, tuple[SolverName, ...]] = {
+    "flow": ("dpm++2m", "euler", "lcm"),
+    "iddpm": ("dpm++2m", "ddim", "lcm"),
+}
 MAX_STEPS = 1000
+LCM_GRID = 50  # steps of the solver that consistency distillation skips along
 _FLOW_START = 0.999  # t = 1 has no signal, where log-SNR is infinite
+_NOISE = 5  # column n of a table
+
+
+class SolverError(ModelInputError):
+    """A schedule that does not exist."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Coefficients by step: ``timesteps`` (S,) in 0-1000 and ``table`` (S, 5) = p, q, a, b, k."""
+    """``timesteps`` (S,) in 0-1000 and ``table`` (S, 6) = p, q, a, b, k, n; both on the CPU."""
 
     timesteps: Tensor
     table: Tensor
@@ -36,51 +52,108 @@ class Schedule:
         return len(self.timesteps)
 
 
-def _signal_and_noise(objective: ObjectiveName, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps (S,), alpha (S + 1,) and sigma (S + 1,) in float64; the last entry is clean."""
-    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+def _noise_levels(objective: ObjectiveName, solver: SolverName, num_steps: int) -> Tensor:
+    """Where each step starts, (S,) float64: sigma of flow, or a whole timestep of IDDPM.
+
+    The timesteps are diffusers': linspace, "trailing" for ddim, the distillation's grid for lcm.
+    """
+    left = torch.arange(num_steps, 0, -1, dtype=torch.float64)  # steps, with this one
+    if solver == "lcm":
+        left = LCM_GRID - torch.arange(num_steps) * LCM_GRID // num_steps
+        num_steps = LCM_GRID
     if objective == "flow":
-        sigma = torch.linspace(_FLOW_START, 0, num_steps + 1, dtype=torch.float64)
-        return sigma[:-1] * NUM_TIMESTEPS, 1 - sigma, sigma
-    steps = torch.linspace(NUM_TIMESTEPS - 1, 0, num_steps + 1, dtype=torch.float64).round()[:-1]
-    cumulative = IDDPM().alphas_cumprod[steps.long()]
-    return steps, torch.cat([cumulative.sqrt(), one]), torch.cat([(1 - cumulative).sqrt(), zero])
+        return _FLOW_START * left / num_steps
+    if solver == "dpm++2m":
+        return (left * ((NUM_TIMESTEPS - 1) / num_steps)).round()
+    return (NUM_TIMESTEPS * left / num_steps).round() - 1
 
 
 @lru_cache(maxsize=256)
 def build_schedule(
     objective: ObjectiveName, num_steps: int, solver: SolverName = "dpm++2m"
 ) -> Schedule:
-    """The schedule of ``num_steps`` (1-1000) network evaluations. Raises ValueError outside."""
-    if not 1 <= num_steps <= MAX_STEPS:
-        raise ValueError(f"num_inference_steps = {num_steps}: must be 1 to {MAX_STEPS}")
-    timesteps, alpha, sigma = _signal_and_noise(objective, num_steps)
+    """The schedule of ``num_steps`` network evaluations: 1 to 1000, with lcm to 50.
+
+    Raises SolverError outside, or when the solver does not fit the objective.
+    """
+    check_solver(objective, solver)
+    limit = LCM_GRID if solver == "lcm" else MAX_STEPS
+    if not 1 <= num_steps <= limit:
+        raise SolverError(f"num_inference_steps = {num_steps}: must be 1 to {limit} with {solver}")
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    levels = _noise_levels(objective, solver, num_steps)
     if objective == "flow":  # out = e - x0, x = alpha x0 + sigma e
-        p, q = torch.ones(num_steps, dtype=torch.float64), -sigma[:-1]
+        timesteps = levels * NUM_TIMESTEPS
+        sigma = torch.cat([levels, zero])  # (S + 1,); the last entry is clean
+        alpha = 1 - sigma
+        p, q = torch.ones_like(levels), -levels
     else:  # out = e
+        timesteps = levels
+        cumulative = IDDPM().alphas_cumprod[levels.long()]
+        alpha = torch.cat([cumulative.sqrt(), one])  # (S + 1,)
+        sigma = torch.cat([(1 - cumulative).sqrt(), zero])
         p, q = 1 / alpha[:-1], -sigma[:-1] / alpha[:-1]
+    if solver == "lcm":
+        rest = _consistent(timesteps, p, q, alpha, sigma)
+    else:
+        rest = _deterministic(p, q, alpha, sigma, second_order=solver == "dpm++2m")
+    return Schedule(timesteps.float(), torch.stack(rest, dim=1).float())
+
+
+def check_solver(objective: ObjectiveName, solver: str) -> None:
+    """Raise SolverError unless ``solver`` solves ``objective``."""
+    if solver not in SOLVERS[objective]:
+        raise SolverError(
+            f"solver = {solver!r}: must be one of {', '.join(SOLVERS[objective])} with {objective}"
+        )
+
+
+def _deterministic(
+    p: Tensor, q: Tensor, alpha: Tensor, sigma: Tensor, *, second_order: bool
+) -> list[Tensor]:
+    """Columns of DPM-Solver++; its first order is DDIM and, on flow, Euler."""
     a = sigma[1:] / sigma[:-1]
     b = alpha[1:] - alpha[:-1] * a
-    k = torch.zeros(num_steps, dtype=torch.float64)
-    if solver == "dpm++2m":
+    k = torch.zeros_like(a)
+    if second_order:
         log_snr = (alpha / sigma).log()[:-1]  # lambda, of all but the clean end
         h = log_snr[1:] - log_snr[:-1]
         ratio = h[1:] / (2 * h[:-1])  # h is 0 where 1000 rounded steps repeat a timestep
         k[1:-1] = torch.where(h[:-1] > 0, ratio, 0)  # first and last steps stay first order
-    return Schedule(timesteps.float(), torch.stack([p, q, a, b, k], dim=1).float())
+    return [p, q, a, b, k, torch.zeros_like(a)]
+
+
+def _consistent(
+    timesteps: Tensor, p: Tensor, q: Tensor, alpha: Tensor, sigma: Tensor
+) -> list[Tensor]:
+    """Columns of a consistency function's multistep sampling: x_next = alpha' x0 + sigma' z."""
+    scaled, sigma_data = 10 * timesteps, 0.5  # the published implementation's constants
+    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    nothing = torch.zeros_like(p)
+    return [c_out * p + c_skip, c_out * q, nothing, alpha[1:], nothing, sigma[1:]]
 
 
 def solver_step(
-    x: Tensor, output: Tensor, x0_before: Tensor, coefficients: Tensor
+    x: Tensor, output: Tensor, x0_before: Tensor, lines: Tensor, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Advance rows one step: returns (x_next, x0), each (B, C, H, W).
 
-    coefficients (B, 5) are each row's line of its schedule's table; ``x0_before`` is ignored
-    where k = 0, so a row's first step may pass anything finite.
+    lines (B, 6), on the CPU, are each row's line of its schedule's table; ``x0_before`` is ignored
+    where k = 0, so a row's first step may pass anything finite. ``noise`` (B, C, H, W) must be
+    given when ``need_noise`` names any row, and counts in those rows alone.
     """
-    p, q, a, b, k = coefficients.to(x)[:, :, None, None, None].unbind(1)
+    assert noise is not None or not need_noise(lines), "rows that are noised again need noise"
+    columns = lines.to(x.dtype).to(x.device, non_blocking=True)[:, :, None, None, None]
+    p, q, a, b, k, n = columns.unbind(1)
     x0 = p * x + q * output
-    return a * x + b * (x0 + k * (x0 - x0_before)), x0
+    x_next = a * x + b * (x0 + k * (x0 - x0_before))
+    return x_next if noise is None else x_next + n * noise, x0
+
+
+def need_noise(lines: Tensor) -> list[int]:
+    """Which rows of ``lines`` (B, 6) are noised again in this step."""
+    return [i for i, n in enumerate(lines[:, _NOISE].tolist()) if n != 0]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:

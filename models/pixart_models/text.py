@@ -1,20 +1,26 @@
 """Text encoders: a transformers T5 from a local folder or hub id, or the demo's built-in tiny one.
 
 Features leave here trimmed to the caption's true length: padding is never stored, sent or
-attended to.
+attended to. How any published model is found on disk or on the hub is here too (``find_model``):
+its files are checked before they are loaded, so that what is missing has a name.
 
 Legend: L text tokens, Dt text feature width.
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixart_models.digits import COLORS, DIGIT_NAMES, RELATIONS, Reading, describe
 from pixart_models.errors import ModelInputError
@@ -23,27 +29,190 @@ BUILTIN = "builtin:t5-tiny"
 TINY_WIDTH = 64
 _SEED = 11
 _ORDER_GAIN = 24.0  # gives position biases a standard deviation of 3 before the softmax
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 
 
 class ModelNotFound(ModelInputError):
-    """A model that is neither a local folder nor downloadable here."""
+    """A model that cannot be loaded here: what is missing and the way out, in one line."""
 
     def __init__(self, kind: str, source: str, why: object) -> None:
-        super().__init__(
-            f"cannot load the {kind} {source!r}: give a local folder, or a hub id where downloads "
-            f"are possible ('hf download {source}' fetches it). Reason: {why}"
+        reason = (str(why).strip() or type(why).__name__).splitlines()[0]
+        super().__init__(f"cannot load the {kind} {source!r}: {reason}")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a kind of model looks like on disk."""
+
+    kind: str
+    """As errors call it."""
+    loader: str
+    """The library's class, which also converts pickled weights."""
+    part: str = ""
+    """Its subfolder in a diffusers pipeline; empty when it is in none."""
+    stem: str = "model"
+    """Its weights are STEM.safetensors, or shards that STEM.safetensors.index.json lists."""
+    mark: tuple[str, str] | None = None
+    """A key of its config.json, and the value that tells it from other models."""
+    others: tuple[str, ...] = ()
+    """Patterns of further files it needs."""
+
+
+class ModelFiles(NamedTuple):
+    """A model on this machine: ``folder`` holds its config and weights, ``root`` is what the source
+    names: the same folder, or the pipeline around it."""
+
+    root: Path
+    folder: Path
+    weights: tuple[Path, ...]
+
+
+_TOKENIZER = ("tokenizer.json", "spiece.model", "*_config.json", "*tokens*.json")
+T5 = ModelSpec(
+    "text encoder", "T5EncoderModel", part="text_encoder", mark=("model_type", "t5"),
+    others=(*_TOKENIZER, *(f"tokenizer/{name}" for name in _TOKENIZER)),
+)  # fmt: skip
+
+
+def find_model(spec: ModelSpec, source: str) -> ModelFiles:
+    """Find a model by local folder or hub id, alone or in a diffusers pipeline; check its files.
+
+    Of a hub id only the files needed are downloaded, into the hub's cache; with HF_HUB_OFFLINE=1
+    the cache alone is looked at. Raises ModelNotFound.
+    """
+    local = Path(source).expanduser()
+    configs = ["config.json", *([f"{spec.part}/config.json"] if spec.part else [])]
+    root = local if local.is_dir() else _download(spec, source, configs)
+    part = "" if (root / "config.json").is_file() or not spec.part else f"{spec.part}/"
+    if root != local:
+        weights = (f"{spec.stem}{end}" for end in (".safetensors*", "-0*.safetensors"))
+        wanted = [part + name for name in ("config.json", *weights)]
+        root = _download(spec, source, [*wanted, *spec.others])
+    folder = root / part
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(
+            spec.kind, source, f"{root} holds no {' nor '.join(configs)}; "
+            f"give the folder that 'hf download' or save_pretrained wrote",
+        )  # fmt: skip
+    if spec.mark:
+        key, value = spec.mark
+        found = _read_json(spec, source, folder / "config.json").get(key)
+        if found != value:
+            raise ModelNotFound(
+                spec.kind, source, f"{folder} holds a {found!r}, but a {value!r} is needed"
+            )
+    return ModelFiles(root, folder, _list_weights(spec, source, folder))
+
+
+def _download(spec: ModelSpec, source: str, patterns: list[str]) -> Path:
+    """The hub's ``source`` in the local cache, with the files of these patterns."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except HFValidationError as error:
+        why = "there is no such folder, and it is no hub id; give a local folder or ORG/NAME"
+        raise ModelNotFound(spec.kind, source, why) from error
+    except LocalEntryNotFoundError as error:
+        why = (
+            f"there is no such folder, the hub's cache lacks it and the hub is out of reach or "
+            f"HF_HUB_OFFLINE is set; 'hf download {source}' fetches it where there is a network, "
+            f"or give a local folder"
         )
+        raise ModelNotFound(spec.kind, source, why) from error
+    except OSError as error:
+        why = (
+            f"there is no such folder, and the hub refuses it ({type(error).__name__}); check the "
+            f"id, and for a gated or private one accept its terms and set HF_TOKEN"
+        )
+        raise ModelNotFound(spec.kind, source, why) from error
+
+
+def _list_weights(spec: ModelSpec, source: str, folder: Path) -> tuple[Path, ...]:
+    """The safetensors files, all of them there. Raises ModelNotFound."""
+    whole = folder / f"{spec.stem}.safetensors"
+    index = folder / f"{whole.name}.index.json"
+    if whole.is_file():
+        return (whole,)
+    if index.is_file():
+        shards = _read_json(spec, source, index).get("weight_map", {}).values()
+        paths = sorted({folder / name for name in shards})
+        lost = [path.name for path in paths if not path.is_file()]
+        if paths and not lost:
+            return tuple(paths)
+        why = f"{folder} lacks {len(lost)} of {len(paths)} shards, first {lost[:1]}; fetch it again"
+        raise ModelNotFound(spec.kind, source, why)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    why = (
+        f"{folder} holds {f'only {pickles[0]}, ' if pickles else ''}no {whole.name}; fetch it "
+        f"again, or convert pickled weights, which are never loaded, once where you trust them: "
+        f"{spec.loader}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW)"
+    )
+    raise ModelNotFound(spec.kind, source, why)
+
+
+def _read_json(spec: ModelSpec, source: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(spec.kind, source, f"{path} is damaged ({error})") from error
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def explain_failure(spec: ModelSpec, source: str) -> Iterator[None]:
+    """Turn what libraries raise on damaged or foreign files into ModelNotFound."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        why = f"its weights are damaged ({error}); fetch it again"
+        raise ModelNotFound(spec.kind, source, why) from error
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelNotFound(spec.kind, source, error) from error
+
+
+def require_all_weights(spec: ModelSpec, source: str, report: dict[str, Any]) -> None:
+    """Raise ModelNotFound when tensors are missing: libraries fill them with random numbers.
+
+    ``report`` is from_pretrained's output_loading_info, with ignore_mismatched_sizes=True.
+    """
+    names = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if names:
+        why = f"{len(names)} tensors are missing or mis-shaped, first {names[0]}; fetch it again"
+        raise ModelNotFound(spec.kind, source, why)
 
 
 @dataclass
 class TextEncoder:
-    """A frozen encoder with its tokenizer. ``digest`` identifies weights and vocabulary."""
+    """A frozen encoder with its tokenizer."""
 
     source: str
     model: Any
     tokenizer: Any
     max_tokens: int
-    digest: str
+    weights: tuple[Path, ...] = ()
+    """The files it was loaded from; none when it was built here."""
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that identify vocabulary and weights.
+
+        Of the weights' files, so it is the same in any precision and on any device; T5-XXL's 19 GB
+        take up to 20 seconds, and only who asks pays.
+        """
+        digest = hashlib.sha256()
+        for word, index in sorted(self.tokenizer.get_vocab().items()):
+            digest.update(f"{word}\0{index}\n".encode())
+        if self.weights:
+            with ThreadPoolExecutor(len(self.weights)) as pool:
+                for found in pool.map(_hash_file, self.weights):
+                    digest.update(found)
+        else:
+            hash_tensors(digest, self.model)
+        return digest.hexdigest()[:16]
 
     @property
     def width(self) -> int:
@@ -52,6 +221,15 @@ class TextEncoder:
     def count_tokens(self, prompt: str) -> int:
         """Tokens of ``prompt`` including the end mark, before any truncation."""
         return len(self.tokenizer(prompt)["input_ids"])
+
+    def group_by_length(self, prompts: Sequence[str], batch_size: int) -> list[list[int]]:
+        """Batches of places in ``prompts``, like lengths together and the longest first.
+
+        In batches as they come most of T5's work is padding: captions differ much in length.
+        """
+        lengths = [self.count_tokens(prompt) for prompt in prompts]
+        places = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+        return [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -70,21 +248,84 @@ class TextEncoder:
         return [row[:n].clone() for row, n in zip(hidden, lengths, strict=True)]
 
 
-def load_text_encoder(source: str, max_tokens: int, device: str = "cpu") -> TextEncoder:
-    """Load ``builtin:t5-tiny``, a local folder or a hub id. Raises ModelNotFound."""
+def load_text_encoder(
+    source: str, max_tokens: int, device: str = "cpu", *, eight_bit: bool = False
+) -> TextEncoder:
+    """Load ``builtin:t5-tiny``, or a T5 (or its pipeline) by local folder or hub id.
+
+    fp32 on CPU and bf16 elsewhere, never fp16: T5's activations overflow it and come out NaN.
+    ``eight_bit`` keeps most weights of a T5 as int8 (bitsandbytes, CUDA only), in a little over
+    half of bf16's memory. Raises ModelNotFound.
+    """
+    weights: tuple[Path, ...] = ()
     if source == BUILTIN:
         model, tokenizer = _build_tiny()
+        model = model.to(device)
     else:
-        from transformers import AutoTokenizer, T5EncoderModel
+        files = find_model(T5, source)
+        model, tokenizer = _load_t5(source, files, device, eight_bit)
+        weights = files.weights
+    model.eval().requires_grad_(False)
+    return TextEncoder(source, model, tokenizer, max_tokens, weights)
 
-        dtype = torch.bfloat16 if device != "cpu" else torch.float32
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = T5EncoderModel.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ModelNotFound("text encoder", source, str(error).splitlines()[0]) from error
-    model = model.to(device).eval().requires_grad_(False)
-    return TextEncoder(source, model, tokenizer, max_tokens, _digest(model, tokenizer))
+
+def _load_t5(source: str, files: ModelFiles, device: str, eight_bit: bool) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer, BitsAndBytesConfig, T5EncoderModel
+
+    options: dict[str, Any] = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16}
+    if eight_bit:
+        _check_eight_bit(source, device)
+        quantized = BitsAndBytesConfig(load_in_8bit=True)
+        options |= {"quantization_config": quantized, "device_map": {"": device}}
+    folder = _find_tokenizer(source, files)
+    with explain_failure(T5, source):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model, report = T5EncoderModel.from_pretrained(
+            files.folder, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    require_all_weights(T5, source, report)
+    return model if eight_bit else model.to(device), tokenizer
+
+
+def _find_tokenizer(source: str, files: ModelFiles) -> Path:
+    for folder in (files.folder, files.root / "tokenizer"):
+        if (folder / "tokenizer.json").is_file():
+            return folder
+        if (folder / "spiece.model").is_file():
+            if find_spec("sentencepiece"):
+                return folder
+            why = f"{folder}/spiece.model needs a package to be read: 'pip install sentencepiece'"
+            raise ModelNotFound(T5.kind, source, why)
+    why = (
+        f"{files.root} holds no tokenizer (tokenizer.json or spiece.model), beside the weights or "
+        f"in tokenizer/; copy it there, or give the whole pipeline's folder"
+    )
+    raise ModelNotFound(T5.kind, source, why)
+
+
+def _check_eight_bit(source: str, device: str) -> None:
+    lacking = [name for name in ("bitsandbytes", "accelerate") if not find_spec(name)]
+    if not device.startswith("cuda"):
+        lacking.insert(0, f"a CUDA device (not {device!r})")
+    if lacking:
+        why = (
+            f"8-bit weights need {', '.join(lacking)}; 'pip install bitsandbytes accelerate' on a "
+            f"machine with an NVIDIA GPU, or leave text_encoder_8bit off"
+        )
+        raise ModelNotFound(T5.kind, source, why)
+
+
+def hash_tensors(digest: "hashlib._Hash", model: nn.Module) -> None:
+    """Feed names and bytes of a model's tensors, one tensor at a time, in any precision."""
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def _hash_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -96,17 +337,6 @@ def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         padded[i, : len(feature)] = feature
         mask[i, : len(feature)] = True
     return padded, mask
-
-
-def _digest(model: Any, tokenizer: Any) -> str:
-    """First 16 hex digits of a SHA-256 over the vocabulary and the weights' bytes."""
-    digest = hashlib.sha256()
-    for word, index in sorted(tokenizer.get_vocab().items()):
-        digest.update(f"{word}\0{index}\n".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _corpus() -> list[str]:
@@ -161,7 +391,3 @@ def _build_tiny() -> tuple[Any, Any]:
     position_bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
     position_bias.weight.data.mul_(_ORDER_GAIN)
     return model, tokenizer
-
-
-def is_local(source: str) -> bool:
-    return source.startswith("builtin:") or Path(source).is_dir()

@@ -25,7 +25,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pixart_models.drawing import Drawer, initial_noise, predict
+from pixart_models.drawing import (
+    EVERYWHERE,
+    Drawer,
+    Guidance,
+    fresh_noise,
+    initial_noise,
+    picture_sizes,
+    predict,
+)
 from pixart_models.errors import ModelInputError
 from pixart_models.solvers import Schedule, build_schedule, solver_step
 from pixart_serve.prompts import PromptFeatures
@@ -62,7 +70,10 @@ class NonFiniteDrawing(DrawingFailed):
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """One picture: ``width`` and ``height`` in pixels, ``steps`` network evaluations."""
+    """One picture: ``width`` and ``height`` in pixels, ``steps`` network evaluations.
+
+    Guidance acts at timesteps inside ``guidance_interval`` (low, high), of 0 (clean) to 1000.
+    """
 
     prompt: str
     seed: int
@@ -71,10 +82,11 @@ class DrawRequest:
     width: int
     height: int
     negative_prompt: str = ""
+    guidance_interval: tuple[float, float] = EVERYWHERE
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch it takes: guidance 1 needs no unconditional one."""
+        """Rows of the batch it may take at any step: guidance 1 needs no unconditional one."""
         return 1 if self.guidance == 1 else 2
 
 
@@ -112,6 +124,7 @@ class _Row(_Ticket):
     version: LoadedVersion
     features: Tensor
     negative: Tensor
+    guidance: Guidance
     schedule: Schedule
     x: Tensor
     x0: Tensor
@@ -272,13 +285,17 @@ class DrawingEngine:
             for ticket in some:
                 request = ticket.request
                 shape = drawer.latent_shape(request.width, request.height)
-                x = initial_noise(request.seed, shape).to(drawer.device)  # (C, h, w)
+                x = initial_noise(request.seed, shape)  # (C, h, w)
+                x = x.to(drawer.device, non_blocking=True)
                 rows.append(
                     _Row(
                         request=request, future=ticket.future, version=version,
                         features=features[request.prompt],
                         negative=features[request.negative_prompt],
-                        schedule=build_schedule(drawer.config.objective, request.steps),
+                        guidance=Guidance(request.guidance, request.guidance_interval),
+                        schedule=build_schedule(
+                            drawer.config.objective, request.steps, drawer.config.solver
+                        ),
                         x=x, x0=torch.zeros_like(x), admitted_at=time.monotonic(),
                     )
                 )  # fmt: skip
@@ -302,15 +319,17 @@ class DrawingEngine:
 
 def _step(rows: Sequence[_Row]) -> None:
     """Advance all rows one step; they change only if nothing was raised."""
-    drawer = rows[0].version.drawer
+    drawer, asked = rows[0].version.drawer, [row.request for row in rows]
     x = torch.stack([row.x for row in rows])  # (B, C, h, w)
     x0 = torch.stack([row.x0 for row in rows])  # (B, C, h, w)
     times = torch.stack([row.schedule.timesteps[row.step] for row in rows])  # (B,)
-    table = torch.stack([row.schedule.table[row.step] for row in rows])  # (B, 5)
-    scale = torch.tensor([row.request.guidance for row in rows], device=x.device)  # (B,)
+    lines = torch.stack([row.schedule.table[row.step] for row in rows])  # (B, 6)
+    scale = [row.guidance.at(t) for row, t in zip(rows, times.tolist(), strict=True)]
     features, negatives = [row.features for row in rows], [row.negative for row in rows]
-    output = predict(drawer.network, x, times.to(x.device), features, negatives, scale)
-    x, x0 = solver_step(x, output, x0, table)
+    sizes = picture_sizes(asked[0].width, asked[0].height, len(rows))  # (B, 3)
+    output = predict(drawer.network, x, times, features, negatives, scale, sizes)
+    noise = fresh_noise(lines, [r.seed for r in asked], [row.step for row in rows], x)
+    x, x0 = solver_step(x, output, x0, lines, noise)
     for i, row in enumerate(rows):
         row.x, row.x0, row.step = x[i], x0[i], row.step + 1
 
