@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pixart_models import cpu_kernels
 from pixart_models.errors import ModelInputError
 
 _EPS = 1e-6  # of every norm
@@ -53,17 +52,7 @@ def linear_at(layers: nn.Sequential, index: int) -> nn.Linear:
 
 def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without weights of x (B, N, D), times (1 + scale) + shift, each (B, 1, D)."""
-    if cpu_kernels.fits(x):
-        return cpu_kernels.modulate_norm(x, shift, scale, _EPS)
     return functional.layer_norm(x, x.shape[-1:], eps=_EPS) * (1 + scale) + shift
-
-
-def split_linear(linear: nn.Linear, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """``linear(x)`` cut into equal ``parts`` along its last dimension."""
-    if cpu_kernels.fits(x):
-        return cpu_kernels.split_linear(x, linear.weight, linear.bias, parts)
-    cut: tuple[Tensor, ...] = linear(x).chunk(parts, dim=-1)
-    return cut
 
 
 class MaskError(ModelInputError):
@@ -131,8 +120,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        shape = (*x.shape[:2], self.heads, -1)
-        query, key, value = (part.view(shape) for part in split_linear(self.qkv, x, 3))
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = qkv.unbind(2)
         mixed = _attend(self.q_norm(query), self.k_norm(key), value)  # (B, N, heads, d)
         projected: Tensor = self.proj(mixed.flatten(2))
         return projected
@@ -164,8 +154,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: PackedText) -> Tensor:
         """x (B, N, D); text with tokens (T, D)."""
         query = self.q_norm(self.q_linear(x).view(*x.shape[:2], self.heads, -1))  # (B, N, heads, d)
-        shape = (-1, self.heads, query.shape[-1])
-        key, value = (t.view(shape) for t in split_linear(self.kv_linear, text.tokens, 2))
+        kv = self.kv_linear(text.tokens).view(-1, 2, self.heads, query.shape[-1])
+        key, value = kv.unbind(1)  # each (T, heads, d)
         mixed = attend_packed(query, self.k_norm(key), value, text)  # (B, N, heads, d)
         projected: Tensor = self.proj(mixed.flatten(2))
         return projected
