@@ -1,16 +1,25 @@
-"""The wire contract: the OpenAI Images API's request and its error object.
+"""The wire contract: the OpenAI Images API's request, its error object, and pictures as files.
 
 A body is parsed strictly (a number in quotes is an error, so is a field nobody knows), and every
-refusal names the field, the value and what would be right.
+refusal names the field, the value and what would be right. Pictures say what drew them and that
+nobody photographed them; the marks are metadata, the floor of what provenance asks for: readable by
+anyone, gone after a screenshot.
 """
 
 import difflib
+import io
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pixart_serve.pictures import OutputFormat
-
+OutputFormat = Literal["png", "jpeg", "webp"]
+# IPTC's term for a picture made by a trained model.
+_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_EXIF_DESCRIPTION, _EXIF_SOFTWARE = 0x010E, 0x0131
 MAX_SEED = 2**63 - 1
 _SHOWN = 80  # characters of a bad value that an error repeats
 
@@ -108,3 +117,22 @@ _HINTS = {
     "stream": "; streaming is not available here, leave it out",
     "response_format": "; pictures are not kept, so there is no URL to give",
 }
+
+
+def encode_picture(
+    picture: NDArray[np.uint8], file_format: OutputFormat, quality: int, marks: dict[str, str]
+) -> bytes:
+    """A picture (H, W, 3) uint8 as a file; ``quality`` 0-100 is for JPEG and WebP."""
+    marks = {"Source": "AI-generated", "DigitalSourceType": _SOURCE_TYPE, **marks}
+    image, file = Image.fromarray(picture), io.BytesIO()
+    if file_format == "png":
+        info = PngInfo()
+        for key, value in marks.items():
+            info.add_text(key, value)
+        image.save(file, "png", pnginfo=info)
+        return file.getvalue()
+    exif = Image.Exif()
+    exif[_EXIF_SOFTWARE] = "pixart-ray"
+    exif[_EXIF_DESCRIPTION] = "; ".join(f"{key}: {value}" for key, value in marks.items())
+    image.save(file, file_format, quality=max(quality, 1), exif=exif)
+    return file.getvalue()
