@@ -310,7 +310,7 @@ def _check_eight_bit(source: str, device: str) -> None:
         lacking.insert(0, f"a CUDA device (not {device!r})")
     if lacking:
         why = (
-            f"8-bit weights need {', '.join(lacking)}; 'pip install bitsandbytes accelerate' on a "
+            f"8-bit weights need {', '.join(lacking)}; pip install 'pixart-ray[int8]' on a "
             f"machine with an NVIDIA GPU, or leave text_encoder_8bit off"
         )
         raise ModelNotFound(T5.kind, source, why)
