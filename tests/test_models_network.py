@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pixart_models.config import ConfigError, NetworkConfig, get_preset
 from pixart_models.dit import DiT
+from pixart_models.errors import ModelInputError
 from pixart_models.layers import (
     MaskError,
     Positions,
@@ -138,6 +139,11 @@ def pixart() -> PixArt:
     return network.eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="module")
+def peer(pixart: PixArt) -> Any:
+    return build_diffusers_pixart(TINY, pixart.state_dict())
+
+
 @pytest.mark.parametrize(
     ("preset", "published"),
     [
@@ -161,17 +167,22 @@ def test_smaller_networks_have_the_size_of_dit_table_1(size: str, millions: int)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
 
 
-@pytest.mark.parametrize(("h", "w"), [(8, 8), (6, 10), (16, 4)])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    h=st.integers(1, 8), w=st.integers(1, 8), seed=st.integers(0, 99),
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), rest=st.integers(0, 2),
+)  # fmt: skip
+@example(h=4, w=4, seed=0, lengths=[1, 2, 3, 4, 5, 6, 7], rest=0)
 def test_pixart_equals_diffusers_for_every_text_length_and_shape(
-    pixart: PixArt, h: int, w: int
+    pixart: PixArt, peer: Any, h: int, w: int, seed: int, lengths: list[int], rest: int
 ) -> None:
-    reference = build_diffusers_pixart(TINY, pixart.state_dict())
-    latents, text = draw(4, 4, h, w), draw(4, 7, TEXT_WIDTH, seed=2)
-    timesteps = torch.tensor([0.0, 123.4, 500.0, 999.0])
-    mask = torch.arange(7) < torch.tensor([1, 2, 6, 7])[:, None]
+    batch, longest = len(lengths), max(lengths) + rest
+    latents, text = draw(batch, 4, 2 * h, 2 * w, seed=seed), draw(batch, longest, 10, seed=seed + 1)
+    timesteps = 999 * torch.rand(batch, generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     with torch.inference_mode():
         ours = pixart(latents, timesteps, text, mask)
-        theirs = reference(latents, text, timesteps, encoder_attention_mask=mask).sample
+        theirs = peer(latents, text, timesteps, encoder_attention_mask=mask).sample
     assert ours.abs().mean() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -194,8 +205,18 @@ def test_size_condition_and_position_scale_equal_diffusers() -> None:
 
 def test_size_condition_refuses_to_guess_sizes() -> None:
     network = PixArt(TINY_SIZED)
-    with pytest.raises(ValueError, match=r"conditioned on sizes \(B, 3\)"):
-        network(draw(1, 4, 16, 16), torch.tensor([1.0]), draw(1, 1, TEXT_WIDTH))
+    inputs = draw(1, 4, 16, 16), torch.tensor([1.0]), draw(1, 1, TEXT_WIDTH)
+    with pytest.raises(ModelInputError, match=r"sizes \(1, 3\).*given: none"):
+        network(*inputs)
+    with pytest.raises(ModelInputError, match=r"given: \(1, 2\)"):
+        network(*inputs, sizes=draw(1, 2))
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_DIT])
+def test_latents_that_patches_do_not_tile_are_refused(config: NetworkConfig) -> None:
+    condition = torch.tensor([0]) if config.architecture == "dit" else draw(1, 2, TEXT_WIDTH)
+    with pytest.raises(ModelInputError, match="latents of 9x8 cannot be cut into patches of 2x2"):
+        build_network(config)(draw(1, 4, 9, 8), torch.tensor([5.0]), condition)
 
 
 def test_dit_equals_diffusers_for_every_label_including_null() -> None:
@@ -235,13 +256,13 @@ def test_packed_attention_equals_masked_attention(mask: list[list[bool]]) -> Non
     real = torch.tensor(mask)
     query = draw(len(mask), 5, 2, 8).requires_grad_()
     kv = draw(len(mask), 6, 2, 2, 8, seed=2).requires_grad_()
+    whole = [t.transpose(1, 2) for t in (query, kv[:, :, 0], kv[:, :, 1])]
     masked = nn.functional.scaled_dot_product_attention(
-        query.transpose(1, 2), *(kv[:, :, i].transpose(1, 2) for i in (0, 1)),
-        attn_mask=real[:, None, None],
-    ).transpose(1, 2)  # fmt: skip
+        whole[0], whole[1], whole[2], attn_mask=real[:, None, None]
+    ).transpose(1, 2)
     text = pack_padded(kv.flatten(2), real)
     assert len(text.tokens) == real.sum()
-    key, value = text.tokens.unflatten(-1, (2, 2, 8)).unbind(1)
+    key, value = text.tokens.view(-1, 2, 2, 8).unbind(1)
     packed = attend_packed(query, key, value, text)
     torch.testing.assert_close(packed, masked, rtol=1e-5, atol=1e-6)
     wanted = torch.autograd.grad(masked.square().sum(), (query, kv), retain_graph=True)
@@ -299,18 +320,19 @@ def test_normalised_queries_and_keys_bound_the_attention_logits() -> None:
     randomize(network)
     names = [n for n, _ in network.named_parameters() if "_norm" in n]
     assert len(names) == 2 * 2 * TINY.depth
-    for block in network.blocks:  # queries 1000 times larger mean the same picture
-        block.attn.qkv.weight.data[:WIDTH] *= 1000  # type: ignore[union-attr,operator]
+    blocks: Any = network.blocks
+    for block in blocks:  # queries 1000 times larger mean the same picture
+        block.attn.qkv.weight.data[:WIDTH] *= 1000
+        block.attn.qkv.bias.data[:WIDTH] *= 1000
     inputs = draw(1, 4, 8, 8), torch.tensor([5.0]), draw(1, 3, TEXT_WIDTH)
     with torch.inference_mode():
         large = network(*inputs)
-        for block in network.blocks:
-            block.attn.qkv.weight.data[:WIDTH] /= 1000  # type: ignore[union-attr,operator]
-            block.attn.qkv.bias.data[:WIDTH] /= 1000  # type: ignore[union-attr,operator]
+        for block in blocks:
+            block.attn.qkv.weight.data[:WIDTH] /= 1000
+            block.attn.qkv.bias.data[:WIDTH] /= 1000
         small = network(*inputs)
-    assert not torch.isnan(large).any()
-    assert large.abs().mean() > 0.1
-    assert (large - small).abs().mean() < small.abs().mean()
+    assert small.abs().mean() > 0.1
+    torch.testing.assert_close(large, small, rtol=1e-3, atol=1e-3)
 
 
 def test_rows_at_mixed_timesteps_equal_rows_alone(pixart: PixArt) -> None:

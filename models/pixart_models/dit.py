@@ -19,6 +19,7 @@ from pixart_models.layers import (
     initialize_linears,
     linear_at,
     modulate_norm,
+    token_grid,
     unpatchify,
 )
 from pixart_models.token_drop import Route, run_blocks
@@ -112,7 +113,7 @@ class DiT(nn.Module):
 
         labels are int64 in 0..num_classes (the last is null).
         """
-        h, w = (side // self.config.patch for side in latents.shape[-2:])
+        h, w = token_grid(latents, self.config.patch)
         x = self.x_embedder(latents)  # (B, N, D)
         x = x + self.positions(h, w, x)
         condition = self.condition(timesteps, labels)  # (B, D)

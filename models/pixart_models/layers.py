@@ -214,6 +214,17 @@ class PatchEmbed(nn.Module):
         return tokens.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
+def token_grid(latents: Tensor, patch: int) -> tuple[int, int]:
+    """(h, w) of latents (B, C, H, W). Raises ModelInputError unless patches tile them."""
+    height, width = latents.shape[-2:]
+    if height % patch or width % patch:
+        raise ModelInputError(
+            f"latents of {height}x{width} cannot be cut into patches of {patch}x{patch}; "
+            f"pad or crop the picture to whole patches"
+        )
+    return height // patch, width // patch
+
+
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
     """Tokens (B, N, p*p*C) of an ``height`` x ``width`` grid -> (B, C, height*p, width*p)."""
     batch = tokens.shape[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pixart_models.config import NetworkConfig
+from pixart_models.errors import ModelInputError
 from pixart_models.layers import (
     CrossAttention,
     Mlp,
@@ -24,6 +25,7 @@ from pixart_models.layers import (
     linear_at,
     modulate_norm,
     pack_padded,
+    token_grid,
     unpatchify,
 )
 from pixart_models.token_drop import Route, run_blocks
@@ -136,13 +138,17 @@ class PixArt(nn.Module):
         text packed, or padded (B, L, text_width) with mask (B, L) bool, True where a token is real;
         sizes (B, 3) original height, width in pixels and height / width, with size_condition.
         """
-        h, w = (side // self.config.patch for side in latents.shape[-2:])
+        h, w = token_grid(latents, self.config.patch)
         x = self.x_embedder(latents)  # (B, N, D)
         x = x + self.positions(h, w, x)
         embedded = self.t_embedder(timesteps)  # (B, D)
         if self.config.size_condition:
-            if sizes is None:
-                raise ValueError("this network is conditioned on sizes (B, 3); none were given")
+            if sizes is None or sizes.shape != (len(x), 3):
+                given = "none" if sizes is None else f"{tuple(sizes.shape)}"
+                raise ModelInputError(
+                    f"this network is conditioned on sizes ({len(x)}, 3): height and width in "
+                    f"pixels and height / width of each picture; given: {given}"
+                )
             parts = [self.csize_embedder(sizes[:, :2]), self.ar_embedder(sizes[:, 2:])]
             embedded = embedded + torch.cat(parts, dim=1)
         modulation = self.t_block(embedded).view(len(x), 6, -1)  # (B, 6, D)
