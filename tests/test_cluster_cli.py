@@ -13,6 +13,8 @@ from processes import run
          "train.num_wrkers: unknown key; did you mean 'num_workers'?"),
         (["run", "nowhere.yaml"],
          "recipe nowhere.yaml: cannot be read (No such file or directory)"),
+        (["convert", "nowhere", "new", "--to", "snapshot"],
+         "nowhere: there is no such file or folder"),
     ],
 )  # fmt: skip
 def test_a_typo_costs_one_line(

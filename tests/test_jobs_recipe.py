@@ -5,6 +5,7 @@ import pytest
 from pixart_cluster.recipe import FullRecipe, read_recipe
 from pixart_jobs.recipe import RECIPES
 from pixart_models.errors import ModelInputError
+from pixart_models.token_drop import TokenDrop
 from pixart_platform.errors import RecipeError
 
 
@@ -57,6 +58,23 @@ def test_an_unknown_name_says_what_is_built_in() -> None:
         (["seed=-1"], "seed = -1: "),
         (["draw.guidance=0.5"], "draw.guidance = 0.5: "),
         (["stages.align.condition_drop=1"], "stages.align.condition_drop = 1: "),
+        (["stages.align.token_drop={mode: mask, share: 1}"],
+         "stages.align.token_drop.share = 1: Input should be less than 1"),
+        (["stages.align.token_drop={mode: skip, share: 0.5}"],
+         "stages.align.token_drop.mode = 'skip': Input should be 'mask' or 'route'"),
+        (["stages.align.token_drop={mode: mask, share: 0.5, start: 6}"],
+         "stages.align.token_drop.start = 6: each must be at least 1 and leave one of the "
+         "network's 6 blocks"),
+        (["stages.align.token_drop={mode: route, share: 0.5, start: 4, end: 2}"],
+         "stages.align.token_drop.start = 4, end = 2: each must be at least 1 and leave one"),
+        (["stages.align.token_drop={mode: mask, share: 0.5, finish_share: 1}"],
+         "stages.align.token_drop.finish_share = 1: "),
+        (["train.network=digits-mini", "stages.pixels.token_drop={mode: mask, share: 0.5}"],
+         "stages.pixels.token_drop.start = 2: "),
+        (["train.min_snr_gamma=5"],
+         "train: min_snr_gamma = 5.0 with objective 'flow': must be a positive number with iddpm"),
+        (["train={objective: iddpm, min_snr_gamma: -1}"],
+         "train: min_snr_gamma = -1.0 with objective 'iddpm': must be a positive number"),
         (["serve.prot=80"], "serve.prot: unknown key; did you mean 'port'?"),
     ],
 )  # fmt: skip
@@ -69,6 +87,27 @@ def test_a_resolution_the_network_cannot_tile_says_of_what_it_must_be_a_multiple
     stage = recipe.stages["align"].model_copy(update={"resolution": 36})
     with pytest.raises(ModelInputError, match="resolution = 36: must be a multiple of 8"):
         recipe.network_of(stage, factor=4, channels=8, text_width=64)
+
+
+def test_every_training_switch_is_off_until_asked_for() -> None:
+    recipe = read_recipe("digits")
+    assert recipe.train.min_snr_gamma is None
+    assert not any((recipe.train.qk_norm, recipe.train.recompute_blocks))
+    for stage in recipe.stages.values():
+        assert recipe.token_drop_of(stage) is None
+        assert not recipe.network_of(stage, factor=4, channels=8, text_width=64).qk_norm
+
+
+def test_switches_reach_the_network_and_the_token_drop() -> None:
+    recipe = read_recipe(
+        "digits",
+        ["train.qk_norm=true", "stages.align.token_drop={mode: route, share: 0.5, end: 3}"],
+    )
+    for name, stage in recipe.stages.items():
+        assert recipe.network_of(stage, factor=4, channels=8, text_width=64).qk_norm
+        expected = TokenDrop("route", 0.5, 2, 3, 6) if name == "align" else None
+        assert recipe.token_drop_of(stage) == expected
+    assert FullRecipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
 def test_the_captioner_follows_the_source_unless_named() -> None:

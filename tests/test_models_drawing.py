@@ -30,10 +30,11 @@ from pixart_models.drawing import (
     solve,
 )
 from pixart_models.errors import ModelInputError
+from pixart_models.layers import pack_text
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, save_snapshot
 from pixart_models.solvers import SOLVERS, SolverError, SolverName, build_schedule
-from pixart_models.text import TextEncoder, load_text_encoder, pad_features
+from pixart_models.text import TextEncoder, load_text_encoder
 
 PROMPTS = ["a red three", "a blue seven to the left of a green eight on a dark picture", ""]
 SEEDS = [1, 2, 3]
@@ -122,10 +123,10 @@ def test_prompt_negative_prompt_guidance_and_steps_each_change_the_picture(drawe
 
 def test_guidance_of_one_is_the_conditional_prediction_and_costs_one_row(drawer: Drawer) -> None:
     features = drawer.text_encoder.encode(PROMPTS)
-    text, mask = pad_features(features)
+    text = pack_text(features)
 
     def conditional(x: Tensor, timesteps: Tensor) -> Tensor:
-        output: Tensor = drawer.network(x, timesteps, text, mask)
+        output: Tensor = drawer.network(x, timesteps, text)
         return output[:, : x.shape[1]]
 
     with torch.inference_mode():

@@ -23,7 +23,6 @@ from pixart_models.text import (
     find_model,
     hash_tensors,
     load_text_encoder,
-    pad_features,
 )
 
 PROMPTS = [
@@ -298,15 +297,3 @@ def test_batches_by_length_hold_every_prompt_once_and_change_no_feature(
         for place, features in zip(batch, encoder.encode([prompts[i] for i in batch]), strict=True):
             alone = encoder.encode([prompts[place]])[0]
             torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-5)
-
-
-@settings(deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5))
-def test_padding_can_be_undone_by_its_mask(lengths: list[int]) -> None:
-    rows = [torch.full((length, 3), float(i + 1)) for i, length in enumerate(lengths)]
-    padded, mask = pad_features(rows)
-    assert padded.shape == (len(rows), max(lengths), 3)
-    assert mask.sum(1).tolist() == lengths
-    assert not padded[~mask].any()
-    for i, row in enumerate(rows):
-        assert torch.equal(padded[i][mask[i]], row)

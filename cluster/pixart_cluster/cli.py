@@ -1,11 +1,15 @@
 """The ``pixart`` command. User errors print one line and exit with code 2, without a traceback."""
 
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -111,6 +115,50 @@ def serve(
             _wait_for_interrupt()
         finally:
             app.stop()
+
+
+@cli.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A snapshot, or others' weights to make one of.")],
+    dest: Annotated[Path, typer.Argument(help="A new folder; published weights: a new file.")],
+    to: Annotated[Literal["snapshot", "pipeline", "transformer", "published"], typer.Option()],
+    preset: Annotated[str, typer.Option(help="The network; a published file needs it.")] = "",
+    autoencoder: Annotated[str, typer.Option(help="Folder or hub id; default SOURCE.")] = "",
+    text_encoder: Annotated[str, typer.Option(help="Folder or hub id; default SOURCE.")] = "",
+    objective: Annotated[Literal["iddpm", "flow"], typer.Option()] = "iddpm",
+) -> None:
+    """Make a snapshot of a published file or a diffusers folder, or either of a snapshot."""
+    with _new(dest) as place:
+        from pixart_models import drawing, export, snapshot
+
+        if to == "snapshot":
+            from pixart_jobs.train import SNAPSHOT_SCHEMA
+            from pixart_platform.manifest import FileRecord, Manifest
+
+            export.import_snapshot(source, place, preset, autoencoder, text_encoder, objective)
+            records = tuple(FileRecord.of(path) for path in sorted(place.iterdir()))
+            Manifest(SNAPSHOT_SCHEMA, {"imported": source.name}, {}, records).commit_to(place)
+        elif to == "pipeline":
+            told = export.export_pipeline(drawing.load_drawer(source), place)
+            typer.echo(f"pipeline(prompt, **{told}) draws what a service does")
+        else:
+            write = export.save_diffusers if to == "transformer" else export.save_published
+            write(snapshot.load_network(source)[1], place)
+
+
+@contextmanager
+def _new(dest: Path) -> Iterator[Path]:
+    """A place beside ``dest`` that becomes it if all goes well. Raises StorageError."""
+    from pixart_platform.errors import StorageError
+
+    if dest.exists() and (dest.is_file() or any(dest.iterdir())):
+        raise StorageError(f"{dest} exists; delete it, or give another place")
+    try:
+        with TemporaryDirectory(prefix=".", dir=dest.absolute().parent) as beside:
+            yield Path(beside) / dest.name
+            os.replace(Path(beside) / dest.name, dest)
+    except OSError as error:
+        raise StorageError(f"{dest} cannot be written: {error}") from error
 
 
 @cli.command(name="version")

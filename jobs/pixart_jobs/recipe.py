@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pixart_models.config import PRESETS, NetworkConfig, get_preset
 from pixart_models.diffusion import ObjectiveName, get_objective
 from pixart_models.errors import ModelInputError
+from pixart_models.token_drop import TokenDrop
 from pixart_platform.accounting import AccountingSettings
 from pixart_platform.batches import Condition
 from pixart_platform.engine import OptimizerSettings
@@ -90,6 +91,26 @@ class EncodeSettings(Section):
         return self
 
 
+class TokenDropSettings(Section):
+    """Training on a part of the image tokens, to see more pictures in the same time.
+
+    ``mask`` leaves dropped tokens out of the loss too (MicroDiT, arXiv 2407.15811: share 0.75);
+    ``route`` lets them skip blocks (TREAD, arXiv 2501.04765: share 0.5, start 2, end 1), and is
+    worth it from about 1000 tokens a picture on.
+    """
+
+    mode: Literal["mask", "route"]
+    share: float = Field(gt=0, lt=1)
+    """Share of a picture's tokens that is dropped."""
+    start: int = Field(2, ge=1)
+    """First blocks that see all tokens."""
+    end: int = Field(1, ge=1)
+    """Last blocks that see all tokens again; ``route`` only."""
+    finish_share: float = Field(0.1, ge=0, lt=1)
+    """Last share of the stage's images that is trained on all tokens, as pictures are drawn;
+    MicroDiT used about 0.1."""
+
+
 class StageSettings(Section):
     """One training stage."""
 
@@ -110,6 +131,8 @@ class StageSettings(Section):
     """Squeezes positions, to start a finer grid from a coarser one."""
     where: Annotated[str, AfterValidator(_check_condition)] = ""
     """Curated subset, on columns of the image table: ``quality >= 0.6 and label >= 0``."""
+    token_drop: TokenDropSettings | None = None
+    """Trains on a part of the tokens; left out, on all."""
 
 
 class TrainSettings(Section):
@@ -122,9 +145,18 @@ class TrainSettings(Section):
     flow_location: float = Field(0.0, ge=-3, le=3)
     """Centre of flow's logit-normal timesteps: above 0 trains more on noisy latents, where what is
     drawn is decided; 0.6 took digits from 70 % to 86 % right after 300 steps of the demo."""
+    min_snr_gamma: float | None = None
+    """``iddpm`` only: weighs the error at each timestep by min(SNR, gamma) / SNR, 5 in the source
+    (Hang et al. 2023, arXiv 2303.09556); left out, all alike."""
+    qk_norm: bool = False
+    """Normalise queries and keys in every attention head, so that long bf16 runs stay stable (Esser
+    et al. 2024, section 5.3.2). Published PixArt and DiT weights have no such norms."""
     num_workers: int = Field(2, ge=1, le=1024)
     zero_stage: Literal[0, 1, 2] = 2
     use_gpu: bool = False
+    recompute_blocks: bool = False
+    """Keep each block's input alone and run it again in backward: about a third more time for a
+    fraction of the memory, the same weights (Chen et al. 2016, arXiv 1604.06174)."""
     max_failures: int = Field(3, ge=0)
     """Worker deaths survived before a stage gives up."""
     save_every_images: Count = Field(12_800, ge=1)
@@ -134,9 +166,10 @@ class TrainSettings(Section):
     """Drawn with the same seeds at every preview."""
 
     @model_validator(mode="after")
-    def _known_network(self) -> "TrainSettings":
+    def _can_be_built(self) -> "TrainSettings":
         if self.network not in PRESETS:
             raise ValueError(f"network {self.network!r} is unknown; one of {', '.join(PRESETS)}")
+        get_objective(self.objective, self.flow_location, self.min_snr_gamma)
         return self
 
 
@@ -202,12 +235,23 @@ class Recipe(Section):
                     f"{place}.images = {stage.images} is less than one batch "
                     f"({stage.batch_images}); no step would be taken"
                 )
+            try:
+                self.token_drop_of(stage)
+            except ModelInputError as error:
+                raise ValueError(f"{place}.{error}") from error
         if next(iter(self.stages.values())).start_from == "previous":
             raise ValueError(
                 f"stages.{next(iter(self.stages))}.start_from = 'previous': the first stage has no "
                 f"previous one; write 'scratch' or 'registry:ALIAS'"
             )
         return self
+
+    def token_drop_of(self, stage: StageSettings) -> TokenDrop | None:
+        """How a stage drops tokens, if it does. Raises ModelInputError."""
+        if stage.token_drop is None:
+            return None
+        settings = stage.token_drop.model_dump(exclude={"finish_share"})
+        return TokenDrop(**settings, depth=PRESETS[self.train.network].depth)
 
     def network_of(
         self, stage: StageSettings, *, factor: int, channels: int, text_width: int
@@ -219,6 +263,8 @@ class Recipe(Section):
                 f"resolution = {stage.resolution}: must be a multiple of {factor * patch} "
                 f"(autoencoder factor {factor} x patch {patch})"
             )
+        if drop := self.token_drop_of(stage):
+            drop.check_tokens((stage.resolution // (factor * patch)) ** 2)
         return get_preset(
             self.train.network,
             architecture="dit" if stage.condition_on == "class" else "pixart",
@@ -228,4 +274,5 @@ class Recipe(Section):
             position_scale=stage.position_scale,
             text_width=text_width,
             max_tokens=self.encode.max_tokens,
+            qk_norm=self.train.qk_norm,
         )

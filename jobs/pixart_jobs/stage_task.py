@@ -19,9 +19,11 @@ from pixart_jobs.encode import unpack_features
 from pixart_models.autoencoder import load_autoencoder, sample_moments
 from pixart_models.diffusion import get_objective
 from pixart_models.drawing import Drawer, draw_classes
+from pixart_models.layers import PackedText, pack_text
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, build_network
-from pixart_models.text import load_text_encoder, pad_features
+from pixart_models.text import load_text_encoder
+from pixart_models.token_drop import Route, TokenDrop, take_patches
 from pixart_platform.seeds import SampleDraws, derive_seed
 from pixart_platform.train_loop import Average
 
@@ -50,9 +52,13 @@ class LatentTask:
     preview_prompts: tuple[str, ...]
     preview_folder: Path
     log_image: LogImage
+    min_snr_gamma: float | None = None
+    token_drop: TokenDrop | None = None
+    finish_at: int = 0  # images, whole batches: from there on all tokens are kept
 
     def __post_init__(self) -> None:
-        self._objective = get_objective(self.snapshot.objective, self.flow_location)
+        name = self.snapshot.objective
+        self._objective = get_objective(name, self.flow_location, self.min_snr_gamma)
         self._previewer: Callable[[nn.Module], dict[str, NDArray[np.uint8]]] | None = None
 
     def decode(self, columns: dict[str, list[Any]]) -> LatentBatch:
@@ -76,25 +82,47 @@ class LatentTask:
         return LatentBatch(moments, labels=torch.tensor(labels))
 
     def loss(self, model: nn.Module, batch: LatentBatch, draws: SampleDraws) -> Tensor:
-        """Mean objective over this rank's samples; the draws' sequence is part of the recipe."""
+        """Mean objective, in fp32, over this rank's next samples.
+
+        The draws' sequence is part of the recipe.
+        """
         shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
         x0 = sample_moments(batch.moments, draws.normal(shape), self.latent_scale)
         noise, uniform = draws.normal(shape), draws.uniform()
         dropped = draws.uniform() < self.condition_drop
         timesteps = self._objective.sample_timesteps(uniform)
         x_t = self._objective.add_noise(x0, noise, timesteps)
-        x0, noise, x_t, timesteps = (v.to(self.device) for v in (x0, noise, x_t, timesteps))
-        output = model(x_t, timesteps, *self._condition(batch, dropped))
+        x0, noise, x_t, timesteps = map(self._upload, (x0, noise, x_t, timesteps))
+        dtype = next(model.parameters()).dtype
+        route = self._choose_route(batch, draws)
+        condition = self._condition(batch, dropped, dtype)
+        output = model(x_t.to(dtype), timesteps, condition, route=route).float()
+        if route and route.stop is None:
+            patch = self.snapshot.network.patch
+            x0, noise, x_t = (take_patches(v, route.kept, patch) for v in (x0, noise, x_t))
         return self._objective.loss(output, x0, noise, x_t, timesteps).mean()
 
-    def _condition(self, batch: LatentBatch, dropped: Tensor) -> tuple[Tensor, ...]:
+    def _upload(self, values: Tensor) -> Tensor:
+        return values.to(self.device, non_blocking=True)
+
+    def _choose_route(self, batch: LatentBatch, draws: SampleDraws) -> Route | None:
+        """The tokens that this batch keeps; None in the finish, and without a token drop."""
+        if self.token_drop is None or draws.positions[0] >= self.finish_at:
+            return None
+        num_tokens = batch.moments[0, 0].numel() // self.snapshot.network.patch**2
+        route = self.token_drop.choose(draws.normal((num_tokens,)))
+        return route._replace(kept=self._upload(route.kept))
+
+    def _condition(
+        self, batch: LatentBatch, dropped: Tensor, dtype: torch.dtype
+    ) -> Tensor | PackedText:
         if batch.labels is not None:
             null = self.snapshot.network.num_classes
-            return (torch.where(dropped, null, batch.labels).to(self.device),)
+            return self._upload(torch.where(dropped, null, batch.labels))
         assert batch.features is not None
         kept = zip(batch.features, dropped.tolist(), strict=True)
-        text, mask = pad_features([self.null_features if drop else f for f, drop in kept])
-        return text.to(self.device), mask.to(self.device)
+        packed = pack_text([self.null_features if drop else f for f, drop in kept])
+        return packed.to(self.device, dtype)
 
     def preview(self, average: Average, images_seen: int) -> None:
         """Draw the fixed prompts (or each class) with fixed seeds; save and log the pictures."""

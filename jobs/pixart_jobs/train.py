@@ -8,7 +8,7 @@ import base64
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from pixart_models.dit import DiT
 from pixart_models.ema import Ema
 from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
-from pixart_models.reparameterize import check_compatible, reparameterize
+from pixart_models.reparameterize import adapt, check_compatible, reparameterize
 from pixart_models.snapshot import (
     SnapshotConfig,
     build_network,
@@ -107,6 +107,13 @@ class StagePlan:
         """Images the stage really sees: whole batches."""
         return self.settings.images // self.settings.batch_images * self.settings.batch_images
 
+    @property
+    def finish_at(self) -> int:
+        """Images after which no tokens are dropped any more: the end of a batch."""
+        drop, batch = self.settings.token_drop, self.settings.batch_images
+        images = round(self.num_images * (1 - drop.finish_share)) if drop else 0
+        return -(-images // batch) * batch
+
 
 def plan(recipe: Recipe, name: str, inputs: StageInputs, root: Path) -> StagePlan:
     """Everything that decides stage ``name``. Raises ModelInputError if it cannot be built."""
@@ -126,17 +133,19 @@ def plan(recipe: Recipe, name: str, inputs: StageInputs, root: Path) -> StagePla
     )
     if inputs.parent:
         _check_parent(inputs.parent, snapshot)
-    document = {
-        "settings": settings.model_dump(mode="json", exclude={"start_from"}),
-        "network": network.to_dict(),
+    # A switch that is off leaves no trace, so stages trained before it existed are still found.
+    gamma = recipe.train.min_snr_gamma
+    weighing = {} if gamma is None else {"min_snr_gamma": gamma}
+    document = weighing | {
+        "settings": settings.model_dump(mode="json", exclude={"start_from"}, exclude_none=True),
+        "network": {n: v for n, v in network.to_dict().items() if n != "qk_norm" or v},
         "objective": recipe.train.objective,
         "flow_location": recipe.train.flow_location,
         "seed": recipe.seed,
         "name": name,
     }
-    digest = digest_of({"stage": document, "inputs": inputs.digests()})
-    folder = root / f"{name}-{digest[:8]}"
-    return StagePlan(name, recipe, settings, inputs, snapshot, folder, document)
+    stage = StagePlan(name, recipe, settings, inputs, snapshot, root, document)
+    return replace(stage, folder=root / f"{name}-{stage.digest[:8]}")
 
 
 def _check_parent(parent: Path, wanted: SnapshotConfig) -> None:
@@ -222,6 +231,7 @@ def _train_stage(stage: StagePlan, uri: str, run_id: str, lead: bool) -> None:
     recipe, settings = stage.recipe, stage.settings
     torch.manual_seed(derive_seed(recipe.seed, stage.name, "init"))
     network = start_network(stage.snapshot.network, stage.inputs.parent)
+    network.checkpoint_blocks = recipe.train.recompute_blocks
     engine = Engine(
         network, settings.optimizer, zero_stage=recipe.train.zero_stage, device=device,
         micro_batch=settings.batch_images // recipe.train.num_workers,
@@ -241,6 +251,9 @@ def _train_stage(stage: StagePlan, uri: str, run_id: str, lead: bool) -> None:
         preview_prompts=recipe.train.preview_prompts,
         preview_folder=stage.preview_folder,
         log_image=tracker.log_image if tracker else lambda *_: None,
+        min_snr_gamma=recipe.train.min_snr_gamma,
+        token_drop=recipe.token_drop_of(settings),
+        finish_at=stage.finish_at,
     )
     train(
         task=task,
@@ -288,6 +301,8 @@ def start_network(config: NetworkConfig, parent: Path | None) -> PixArt | DiT:
     _, network = load_network(parent)
     if isinstance(network, DiT) and config.architecture == "pixart":
         return reparameterize(network, config)[0]
+    if isinstance(network, PixArt):
+        return adapt(network, config)[0]
     started = build_network(config)
     started.load_state_dict(network.state_dict())
     return started

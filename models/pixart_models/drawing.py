@@ -26,10 +26,11 @@ from pixart_models.autoencoder import Autoencoder, load_autoencoder
 from pixart_models.diffusion import NUM_TIMESTEPS, ObjectiveName
 from pixart_models.dit import DiT
 from pixart_models.errors import ModelInputError
+from pixart_models.layers import pack_text
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, SnapshotError, load_network
 from pixart_models.solvers import SolverName, build_schedule, guide, need_noise, solver_step
-from pixart_models.text import TextEncoder, load_text_encoder, pad_features
+from pixart_models.text import TextEncoder, load_text_encoder
 
 DEFAULT_STEPS = 12
 DEFAULT_GUIDANCE = 2.5
@@ -242,9 +243,9 @@ def predict(
     rows = torch.tensor([*range(len(x)), *guided])
     again = upload(rows[len(x) :])
     latents = torch.cat([x, x[again]]) if guided else x
-    text, mask = pad_features([*features, *(negatives[i] for i in guided)])
+    text = pack_text([*features, *(negatives[i] for i in guided)]).to(x.device, x.dtype)
     told = None if sizes is None else upload(sizes[rows])
-    output: Tensor = network(latents, upload(timesteps[rows]), text.to(x.dtype), mask, told)
+    output: Tensor = network(latents, upload(timesteps[rows]), text, sizes=told)
     conditional, unconditional = output[:, : x.shape[1]].tensor_split([len(x)])
     if not guided:
         return conditional

@@ -10,6 +10,7 @@ H, W latent size, h, w token grid, p patch.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -81,8 +82,9 @@ def pack_text(rows: Sequence[Tensor]) -> PackedText:
     lengths = [len(row) for row in rows]
     if 0 in lengths:
         raise MaskError(f"caption {lengths.index(0)} has no tokens; an empty prompt has one")
-    offsets = torch.tensor([0, *lengths], device=rows[0].device).cumsum(0).to(torch.int32)
-    return PackedText(torch.cat(list(rows)), offsets, max(lengths))
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    tokens = torch.cat(list(rows))
+    return PackedText(tokens, offsets.to(tokens.device, non_blocking=True), max(lengths))
 
 
 def pack_padded(text: Tensor, mask: Tensor | None) -> PackedText:

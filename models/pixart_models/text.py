@@ -328,17 +328,6 @@ def _hash_file(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows (L_i, Dt) -> features (B, L, Dt) zero-padded and mask (B, L) bool."""
-    longest = max(len(f) for f in features)
-    padded = features[0].new_zeros(len(features), longest, features[0].shape[1])
-    mask = torch.zeros(len(features), longest, dtype=torch.bool, device=features[0].device)
-    for i, feature in enumerate(features):
-        padded[i, : len(feature)] = feature
-        mask[i, : len(feature)] = True
-    return padded, mask
-
-
 def _corpus() -> list[str]:
     """Captions the tiny vocabulary is learned from; bytes cover every other text."""
     singles = [describe(Reading((d,), (c,))) for d, c in product(range(10), COLORS)]

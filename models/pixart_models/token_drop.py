@@ -48,16 +48,25 @@ class TokenDrop:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ConfigError(f"token_drop.share = {self.share}: must be above 0 and below 1")
-        last = self.end if self.mode == "route" else 0
-        if self.start < 1 or last < (self.mode == "route") or self.start + last >= self.depth:
+        ends = {"start": self.start} | ({"end": self.end} if self.mode == "route" else {})
+        if min(ends.values()) < 1 or sum(ends.values()) >= self.depth:
             raise ConfigError(
-                f"token_drop: {self.start} first and {last} last of {self.depth} blocks see all "
-                f"tokens; leave at least one of each there and one between"
+                f"token_drop.{', '.join(f'{k} = {v}' for k, v in ends.items())}: each must be at "
+                f"least 1 and leave one of the network's {self.depth} blocks for a part of tokens"
+            )
+
+    def check_tokens(self, num_tokens: int) -> None:
+        """Raise ConfigError unless some of ``num_tokens`` are kept and some are not."""
+        if not 0 < (kept := round(num_tokens * (1 - self.share))) < num_tokens:
+            raise ConfigError(
+                f"token_drop.share = {self.share}: keeps {kept} of the {num_tokens} tokens of a "
+                f"picture; choose a share nearer to 0.5, or drop no tokens of pictures so small"
             )
 
     def choose(self, noise: Tensor) -> Route:
-        """Keep the tokens with the smallest noise (B, N), at least one; any i.i.d. draws do."""
-        num_kept = max(1, round(noise.shape[1] * (1 - self.share)))
+        """Keep the tokens with the smallest noise (B, N), some but not all; any i.i.d. draws do."""
+        num_tokens = noise.shape[1]
+        num_kept = max(1, min(round(num_tokens * (1 - self.share)), num_tokens - 1))
         kept = noise.argsort(dim=1)[:, :num_kept].sort(dim=1).values
         return Route(kept, self.start, self.depth - self.end if self.mode == "route" else None)
 

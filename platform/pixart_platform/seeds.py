@@ -19,9 +19,13 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class SampleDraws:
-    """The random numbers of a list of samples, one generator each, drawn in a fixed sequence."""
+    """The random numbers of a list of samples, one generator each, drawn in a fixed sequence.
+
+    ``positions`` are the samples' places in the run, counted in images.
+    """
 
     def __init__(self, run_seed: int, positions: list[int]) -> None:
+        self.positions = positions
         self._generators = [
             torch.Generator().manual_seed(derive_seed(run_seed, p)) for p in positions
         ]

@@ -1,0 +1,137 @@
+"""What a training step costs before it is run: FLOPs of a sample, bytes of memory of a process.
+
+FLOPs are those of matrix products and attention, a multiply-add being 2, as accelerators' peaks
+are counted: ``step_flops(...) * images_per_second / peak`` is the model FLOPs utilisation. Memory
+is that of eager PyTorch with AdamW, fused or one tensor at a time (foreach adds a copy of the
+weights), gradients freed after the step; ``tests/benchmarks/bench_memory.py`` measures it.
+
+Legend: N image tokens, n those a block sees, T text tokens of a row, Dt their width, D width, F
+width of timestep features, r MLP ratio, p patch, C channels. A product is rows * inner * columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pixart_models.config import NetworkConfig
+from pixart_models.dit import DiT
+from pixart_models.layers import FREQUENCIES
+from pixart_models.pixart import PixArt
+from pixart_models.token_drop import TokenDrop
+
+LIBRARIES = 40 * 2**20  # measured: bytes of BLAS's buffers, and of code that a step first touches
+HOLES = 7  # measured: n*D a block that glibc cannot fill between inputs kept for recomputation
+Drop = TokenDrop | None
+
+
+def count_parameters(config: NetworkConfig) -> int:
+    """Parameters of the network, built without memory."""
+    with torch.device("meta"):
+        network = PixArt(config) if config.architecture == "pixart" else DiT(config)
+    return sum(p.numel() for p in network.parameters())
+
+
+def _count_tokens(config: NetworkConfig, h: int, w: int, drop: Drop) -> list[int]:
+    """Image tokens of a latent (h, w) that each block and, last, the final layer sees."""
+    tokens = (h // config.patch) * (w // config.patch)
+    if drop is None:
+        return [tokens] * (config.depth + 1)
+    kept, start, stop = drop.choose(torch.zeros(1, tokens))
+    part = range(start, config.depth + 1 if stop is None else stop)
+    return [kept.shape[1] if i in part else tokens for i in range(config.depth + 1)]
+
+
+def _split_flops(
+    config: NetworkConfig, h: int, w: int, text: float, drop: Drop
+) -> tuple[float, float]:
+    """Forward FLOPs of a sample: in all blocks, and outside of them."""
+    d, area, depth = config.width, config.patch**2, config.depth
+    *blocks, last = _count_tokens(config, h, w, drop)
+    n, squares = sum(blocks), sum(n**2 for n in blocks)  # of all blocks, as all terms below
+    inner = 4.0 * n * d**2 + 2 * squares * d  # attn: qkv n*D*3D, proj n*D*D; n*D*n scores, n*n*D
+    inner += 2 * n * d * int(d * config.mlp_ratio)  # mlp: fc1 n*D*rD, fc2 n*rD*D
+    outer = FREQUENCIES * d + d**2  # t_embedder 1*F*D, 1*D*D
+    outer += blocks[0] * area * config.latent_channels * d  # x_embedder N*ppC*D
+    outer += last * d * area * config.out_channels  # final_layer.linear n*D*ppC
+    if config.architecture == "dit":
+        inner += depth * 6 * d**2  # adaLN_modulation 1*D*6D
+        return 2 * inner, 2.0 * (outer + 2 * d**2)  # final_layer.adaLN_modulation 1*D*2D
+    inner += 2 * n * d**2 + 2 * n * text * d  # cross_attn: q_linear, proj n*D*D; n*D*T, n*T*D
+    inner += depth * text * 2 * d**2  # cross_attn.kv_linear T*D*2D
+    outer += 6 * d**2  # t_block 1*D*6D
+    outer += (FREQUENCIES * d + d**2 // 3) * config.size_condition  # both 3*F*D/3, 3*D/3*D/3
+    return 2 * inner, 2 * (outer + text * (config.text_width + d) * d)  # y_embedder T*Dt*D, T*D*D
+
+
+def forward_flops(
+    config: NetworkConfig, height: int, width: int, text_tokens: float, drop: Drop = None
+) -> float:
+    """FLOPs of a sample with a latent (height, width); a mean of text tokens gives the mean."""
+    return sum(_split_flops(config, height, width, text_tokens, drop))
+
+
+def step_flops(
+    config: NetworkConfig, height: int, width: int, text_tokens: float, drop: Drop = None,
+    *, recompute: bool = False,
+) -> float:  # fmt: skip
+    """FLOPs of a sample's forward and backward, which costs two; ``recompute`` runs blocks again."""
+    inner, outer = _split_flops(config, height, width, text_tokens, drop)
+    return (3 + recompute) * inner + 3 * outer
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training process beyond its imports, from the second step on.
+
+    ``total`` is the peak on Linux: glibc fits few gradients into what activations left. ``live`` is
+    the most in use at once, the peak with MALLOC_MMAP_THRESHOLD_=1000000, or on CUDA.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+    holes: int
+
+    @property
+    def live(self) -> int:
+        most = max(self.activations, self.gradients)
+        return self.weights + self.optimizer + self.workspace + most
+
+    @property
+    def total(self) -> int:
+        return self.live + min(self.activations, self.gradients) + self.holes
+
+
+def step_memory(
+    config: NetworkConfig, batch: int, height: int, width: int, text_tokens: float,
+    drop: Drop = None, *, recompute: bool = False, element_bytes: int = 4, weight_bytes: int = 4,
+    gradient_bytes: int = 4, optimizer_bytes: int = 8, ema_copies: int = 0,
+) -> StepMemory:  # fmt: skip
+    """Memory of a step; ``element_bytes`` are of activations, the others per parameter.
+
+    bf16 with fp32 master weights: elements 2, weights 2 + 4, gradients 2. EMA copies are fp32.
+    """
+    d, parameters, pixart = config.width, count_parameters(config), config.architecture == "pixart"
+    hidden, normed = int(d * config.mlp_ratio), 2 * d * config.qk_norm
+    *blocks, last = _count_tokens(config, height, width, drop)
+    token = 8 * d + 2 * normed  # self-attention: input, norm, modulated, q, k, v, mix, output
+    token += (4 * d + normed) * pixart  # cross-attention: input, q, mix by row, mix of all rows
+    token += 4 * d + 2 * hidden  # MLP: input, norm, modulated, output; before and after GELU
+    text = text_tokens * (2 * d + normed) * pixart  # keys and values of cross-attention
+    kept = sum(n * d if recompute else n * token + text for n in blocks)
+    kept += 3 * last * d  # final layer: input, norm, modulated
+    kept += text_tokens * (config.text_width + 3 * d) * pixart  # features, y_embedder's layers
+    scratch = blocks[0] * (d + hidden)  # gradients of tokens and within an MLP
+    scratch += (blocks[0] * token + text) * recompute  # the block that is run again
+    sizes = kept, scratch, sum(blocks) * d * HOLES * recompute  # of a sample
+    activations, workspace, holes = (round(element_bytes * batch * size) for size in sizes)
+    return StepMemory(
+        weights=weight_bytes * parameters,
+        gradients=gradient_bytes * parameters,
+        optimizer=(optimizer_bytes + 4 * ema_copies) * parameters,
+        activations=activations,
+        workspace=workspace + LIBRARIES,
+        holes=holes,
+    )
