@@ -21,8 +21,7 @@ from pixart_jobs.scenes import compose_scene
 from pixart_jobs.stage_task import LatentTask
 from pixart_models.autoencoder import load_autoencoder
 from pixart_models.buckets import Size, cover
-from pixart_models.config import get_preset
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError, get_preset
 from pixart_models.snapshot import SnapshotConfig, build_network
 from pixart_models.text import load_text_encoder
 from pixart_platform.batches import Condition, RowIndex

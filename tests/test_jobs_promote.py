@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pixart_cluster.recipe import read_recipe
-from pixart_jobs.promote import PromotionRefused, check_gates
+from pixart_jobs.evaluate import PromotionRefused, check_gates
 from pixart_jobs.recipe import EvaluateSettings, Recipe
 from pixart_platform.registry import Version
 

@@ -4,7 +4,7 @@ import pytest
 
 from pixart_cluster.recipe import FullRecipe, read_recipe
 from pixart_jobs.recipe import RECIPES
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError
 from pixart_models.token_drop import TokenDrop
 from pixart_platform.errors import RecipeError
 

@@ -17,10 +17,9 @@ from pixart_jobs.encode import pack_features
 from pixart_jobs.stage_task import LatentBatch, LatentTask
 from pixart_jobs.train import StageInputs, StagePlan, plan
 from pixart_models.autoencoder import sample_moments
-from pixart_models.config import get_preset
+from pixart_models.config import ModelInputError, get_preset
 from pixart_models.diffusion import ObjectiveName, get_objective
 from pixart_models.dit import DiT
-from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, build_network, save_snapshot
 from pixart_models.token_drop import TokenDrop, take_patches
@@ -245,7 +244,9 @@ def test_query_key_norms_cannot_be_added_to_a_parent(inputs: StageInputs, tmp_pa
     Manifest("snapshot/1", {}, {}, ()).commit_to(tmp_path)
     child = replace(inputs, parent=tmp_path)
     make_plan(child, stage="align")
-    with pytest.raises(ModelInputError, match=r"train.qk_norm = True, but .* trained with False"):
+    with pytest.raises(
+        ModelInputError, match=r"network.qk_norm: the parent has False, the stage asks for True"
+    ):
         make_plan(child, "train.qk_norm=true", stage="align")
 
 

@@ -20,7 +20,8 @@ TOP_LEVEL = {
     *ROOMS, "tests", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile",
     "constraints.txt", ".ci", ".gitignore",
 }  # fmt: skip
-MAX_FILES, MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 65, 9000, 400, 60
+# 9,000 lines held the spine; conversion both ways, strict loaders and forecasts need some more.
+MAX_FILES, MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 65, 9500, 400, 60
 LONG_FUNCTIONS = {"platform/pixart_platform/train_loop.py:train"}
 
 Rule = Callable[[Path], list[str]]

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pixart_models.buckets import MAX_RATIO, Size, buckets, cover, is_extreme, nearest_bucket
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError
 
 # PixArt-alpha, diffusion/data/datasets/utils.py, ASPECT_RATIO_1024, in steps of 64 px; the tables
 # of 512 and 256 px (and Sigma's of 2048) are the same in steps of 32 and 16 (and 128) px.

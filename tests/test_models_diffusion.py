@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributions
 
+from pixart_models.config import ModelInputError
 from pixart_models.diffusion import (
     IDDPM,
     MIN_SNR_GAMMA,
@@ -18,7 +19,6 @@ from pixart_models.diffusion import (
     RectifiedFlow,
     get_objective,
 )
-from pixart_models.errors import ModelInputError
 
 BETAS = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
 SURVIVING = (1 - BETAS).cumprod(0)

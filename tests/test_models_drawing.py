@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pixart_models.autoencoder import Autoencoder, load_autoencoder
-from pixart_models.config import get_preset
+from pixart_models.config import ModelInputError, get_preset
 from pixart_models.diffusion import ObjectiveName
 from pixart_models.dit import DiT
 from pixart_models.drawing import (
@@ -29,7 +29,6 @@ from pixart_models.drawing import (
     predict,
     solve,
 )
-from pixart_models.errors import ModelInputError
 from pixart_models.layers import pack_text
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, save_snapshot

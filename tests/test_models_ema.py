@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pixart_models.config import ModelInputError
 from pixart_models.ema import (
     RAMP_UP,
     WIDTHS,
@@ -22,7 +23,6 @@ from pixart_models.ema import (
     gamma_of,
     reconstruct,
 )
-from pixart_models.errors import ModelInputError
 
 HALF_LIFE = 2520  # divisible by every batch size here
 

@@ -10,9 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pixart_models.config import ConfigError, NetworkConfig, get_preset
+from pixart_models.config import ConfigError, ModelInputError, NetworkConfig, get_preset
 from pixart_models.dit import DiT
-from pixart_models.errors import ModelInputError
 from pixart_models.layers import (
     MaskError,
     Positions,

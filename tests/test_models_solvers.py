@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pixart_models.config import ModelInputError
 from pixart_models.diffusion import ObjectiveName
-from pixart_models.errors import ModelInputError
 from pixart_models.solvers import (
     LCM_GRID,
     MAX_STEPS,

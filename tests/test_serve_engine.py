@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_serve_snapshots import Gate, build_drawer
 from torch import Tensor
 
+from pixart_models.config import ModelInputError
 from pixart_models.drawing import EVERYWHERE, Drawer, DrawingError
-from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
 from pixart_models.solvers import SOLVERS, SolverName
 from pixart_serve.engine import (

@@ -178,7 +178,7 @@ def _wait_for_interrupt() -> None:
 
 def _user_error(error: BaseException) -> str | None:
     """The message of an error a user can mend, also when Ray has wrapped it; None for others."""
-    from pixart_models.errors import ModelInputError
+    from pixart_models.config import ModelInputError
     from pixart_platform.errors import PixartError
 
     seen: set[int] = set()

@@ -1,4 +1,5 @@
-"""Evaluation: draw held-out prompts with a version, read the pictures, count what is right.
+"""Evaluation and its gates: draw held-out prompts with a version, read the pictures, count what is
+right; a version that passes becomes what services draw with.
 
 The reader is fitted on the test scans, which neither the captioner nor any training scene used;
 the prompts are the one in ten that no training scene shows. The reader's own error on real test
@@ -24,11 +25,15 @@ from pixart_jobs.recipe import DrawSettings, Recipe
 from pixart_jobs.scenes import compose, sample_reading
 from pixart_models.digits import DigitReader, Reading, UnreadableImage, describe
 from pixart_models.drawing import load_drawer
+from pixart_platform.errors import PixartError
 from pixart_platform.manifest import load_manifest
 from pixart_platform.recipe import digest_of
+from pixart_platform.registry import Registry, Version
 from pixart_platform.seeds import derive_seed
 from pixart_platform.storage import write_atomic
 
+CHAMPION = "champion"
+PREVIOUS = "previous"
 _SHEET_COLUMNS = 8
 _SHEET_ROWS = 4
 _READER_SCENES = 200
@@ -204,3 +209,37 @@ def _write_sheet(path: Path, pngs: list[bytes]) -> None:
         sheet.paste(picture, (i % _SHEET_COLUMNS * width, i // _SHEET_COLUMNS * height))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+class PromotionRefused(PixartError):
+    """A version that did not pass a gate; aliases are as they were."""
+
+
+def check_gates(recipe: Recipe, version: Version, metrics: dict[str, float]) -> None:
+    """Raise PromotionRefused naming each gate that fails and by how much."""
+    failures = []
+    for name, minimum in recipe.evaluate.minimum.items():
+        value = metrics.get(name)
+        if value is None:
+            failures.append(f"{name} was not measured (it has {', '.join(sorted(metrics))})")
+        elif not value >= minimum:  # so that nan fails, too
+            failures.append(f"{name} = {value:.3f} is below {minimum:g} by {minimum - value:.3f}")
+    if failures:
+        raise PromotionRefused(
+            f"{version.name} version {version.number} is not promoted: {'; '.join(failures)}. "
+            f"Train longer, or lower evaluate.minimum"
+        )
+
+
+def promote(
+    recipe: Recipe, registry: Registry, version: Version, metrics: dict[str, float]
+) -> None:
+    """Verify the snapshot, check the gates, move ``champion`` and keep ``previous``."""
+    version.verify()
+    check_gates(recipe, version, metrics)
+    standing = registry.aliases().get(CHAMPION)
+    if standing == version.number:
+        return
+    if standing is not None:
+        registry.set_alias(PREVIOUS, registry.get(str(standing)))
+    registry.set_alias(CHAMPION, version)

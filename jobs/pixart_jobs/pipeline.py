@@ -1,4 +1,4 @@
-"""The whole way, in order: ingest, caption, encode, the stages, evaluate, promote.
+"""The whole way, in order: ingest, caption, encode, the stages, evaluate, evaluate.
 
 Each job is found finished, continued or started by the digest of what it is asked for, so running
 a pipeline again is resuming it. Jobs meet through tables and manifests only; this file alone knows
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pixart_jobs import caption, encode, evaluate, ingest, promote, train
+from pixart_jobs import caption, encode, evaluate, ingest, train
 from pixart_jobs.evaluate import Evaluation
 from pixart_jobs.recipe import Recipe
 from pixart_jobs.train import StageInputs, StagePlan
@@ -130,7 +130,7 @@ class Pipeline:
         if self._recipe.data.source == "digits":
             evaluation = self._evaluate(stages[-1])
             if promote_result:
-                promote.promote(
+                evaluate.promote(
                     self._recipe, self._registry, stages[-1].version, evaluation.metrics
                 )
         elif promote_result:

@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pixart_models.config import PRESETS, NetworkConfig, get_preset
+from pixart_models.config import PRESETS, ModelInputError, NetworkConfig, get_preset
 from pixart_models.diffusion import ObjectiveName, get_objective
-from pixart_models.errors import ModelInputError
 from pixart_models.token_drop import TokenDrop
 from pixart_platform.accounting import AccountingSettings
 from pixart_platform.batches import Condition

@@ -20,10 +20,9 @@ from ray.train.torch import TorchTrainer
 from pixart_jobs.encode import unpack_features
 from pixart_jobs.recipe import Recipe, StageSettings
 from pixart_jobs.stage_task import LatentTask
-from pixart_models.config import NetworkConfig
+from pixart_models.config import ModelInputError, NetworkConfig
 from pixart_models.dit import DiT
 from pixart_models.ema import Ema
-from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
 from pixart_models.reparameterize import adapt, check_compatible, reparameterize
 from pixart_models.snapshot import (

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError
 
 MAX_RATIO = 4
 """PixArt leaves out pictures longer than this many times their short side."""

@@ -3,7 +3,12 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from pixart_models.errors import ModelInputError
+
+class ModelInputError(ValueError):
+    """What a user gave the models that they cannot use; base of this room's named errors.
+
+    The message names the value and the way out.
+    """
 
 
 class ConfigError(ModelInputError):

@@ -26,9 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_models.config import ConfigError, NetworkConfig
+from pixart_models.config import ConfigError, ModelInputError, NetworkConfig
 from pixart_models.dit import DiT
-from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import CONFIG_FILE, MAX_PARAMETERS, build_network
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError
 
 NUM_TIMESTEPS = 1000
 MIN_SNR_GAMMA = 5.0  # what Hang et al. 2023 use throughout

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixart_models.autoencoder import Autoencoder, load_autoencoder
+from pixart_models.config import ModelInputError
 from pixart_models.diffusion import NUM_TIMESTEPS, ObjectiveName
 from pixart_models.dit import DiT
-from pixart_models.errors import ModelInputError
 from pixart_models.layers import pack_text
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, SnapshotError, load_network

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError
 
 Named = Iterable[tuple[str, Tensor]]
 RAMP_UP = 0.05  # the half-life never exceeds this share of the images seen so far

@@ -21,7 +21,6 @@ from pixart_models.token_drop import TokenDrop
 
 LIBRARIES = 40 * 2**20  # measured: bytes of BLAS's buffers, and of code that a step first touches
 HOLES = 7  # measured: n*D a block that glibc cannot fill between inputs kept for recomputation
-Drop = TokenDrop | None
 
 
 def count_parameters(config: NetworkConfig) -> int:
@@ -31,7 +30,7 @@ def count_parameters(config: NetworkConfig) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _count_tokens(config: NetworkConfig, h: int, w: int, drop: Drop) -> list[int]:
+def _count_tokens(config: NetworkConfig, h: int, w: int, drop: TokenDrop | None) -> list[int]:
     """Image tokens of a latent (h, w) that each block and, last, the final layer sees."""
     tokens = (h // config.patch) * (w // config.patch)
     if drop is None:
@@ -41,13 +40,10 @@ def _count_tokens(config: NetworkConfig, h: int, w: int, drop: Drop) -> list[int
     return [kept.shape[1] if i in part else tokens for i in range(config.depth + 1)]
 
 
-def _split_flops(
-    config: NetworkConfig, h: int, w: int, text: float, drop: Drop
-) -> tuple[float, float]:
-    """Forward FLOPs of a sample: in all blocks, and outside of them."""
-    d, area, depth = config.width, config.patch**2, config.depth
-    *blocks, last = _count_tokens(config, h, w, drop)
-    n, squares = sum(blocks), sum(n**2 for n in blocks)  # of all blocks, as all terms below
+def _split_flops(config: NetworkConfig, tokens: list[int], text: float) -> tuple[float, float]:
+    """Forward FLOPs of a sample: of all blocks, and outside of them."""
+    d, area, depth, (*blocks, last) = config.width, config.patch**2, config.depth, tokens
+    n, squares = sum(blocks), sum(n**2 for n in blocks)
     inner = 4.0 * n * d**2 + 2 * squares * d  # attn: qkv n*D*3D, proj n*D*D; n*D*n scores, n*n*D
     inner += 2 * n * d * int(d * config.mlp_ratio)  # mlp: fc1 n*D*rD, fc2 n*rD*D
     outer = FREQUENCIES * d + d**2  # t_embedder 1*F*D, 1*D*D
@@ -59,23 +55,23 @@ def _split_flops(
     inner += 2 * n * d**2 + 2 * n * text * d  # cross_attn: q_linear, proj n*D*D; n*D*T, n*T*D
     inner += depth * text * 2 * d**2  # cross_attn.kv_linear T*D*2D
     outer += 6 * d**2  # t_block 1*D*6D
-    outer += (FREQUENCIES * d + d**2 // 3) * config.size_condition  # both 3*F*D/3, 3*D/3*D/3
+    outer += (FREQUENCIES * d + d**2 // 3) * config.size_condition  # 3 times 1*F*D/3, 1*D/3*D/3
     return 2 * inner, 2 * (outer + text * (config.text_width + d) * d)  # y_embedder T*Dt*D, T*D*D
 
 
 def forward_flops(
-    config: NetworkConfig, height: int, width: int, text_tokens: float, drop: Drop = None
+    config: NetworkConfig, height: int, width: int, text_tokens: float, drop: TokenDrop | None = None
 ) -> float:
     """FLOPs of a sample with a latent (height, width); a mean of text tokens gives the mean."""
-    return sum(_split_flops(config, height, width, text_tokens, drop))
+    return sum(_split_flops(config, _count_tokens(config, height, width, drop), text_tokens))
 
 
 def step_flops(
-    config: NetworkConfig, height: int, width: int, text_tokens: float, drop: Drop = None,
-    *, recompute: bool = False,
+    config: NetworkConfig, height: int, width: int, text_tokens: float,
+    drop: TokenDrop | None = None, *, recompute: bool = False,
 ) -> float:  # fmt: skip
-    """FLOPs of a sample's forward and backward, which costs two; ``recompute`` runs blocks again."""
-    inner, outer = _split_flops(config, height, width, text_tokens, drop)
+    """FLOPs of a sample's forward and backward, which is two; ``recompute`` runs blocks again."""
+    inner, outer = _split_flops(config, _count_tokens(config, height, width, drop), text_tokens)
     return (3 + recompute) * inner + 3 * outer
 
 
@@ -96,8 +92,7 @@ class StepMemory:
 
     @property
     def live(self) -> int:
-        most = max(self.activations, self.gradients)
-        return self.weights + self.optimizer + self.workspace + most
+        return self.weights + self.optimizer + self.workspace + max(self.activations, self.gradients)
 
     @property
     def total(self) -> int:
@@ -106,32 +101,28 @@ class StepMemory:
 
 def step_memory(
     config: NetworkConfig, batch: int, height: int, width: int, text_tokens: float,
-    drop: Drop = None, *, recompute: bool = False, element_bytes: int = 4, weight_bytes: int = 4,
-    gradient_bytes: int = 4, optimizer_bytes: int = 8, ema_copies: int = 0,
+    drop: TokenDrop | None = None, *, recompute: bool = False, element_bytes: int = 4,
+    weight_bytes: int = 4, gradient_bytes: int = 4, optimizer_bytes: int = 8, ema_copies: int = 0,
 ) -> StepMemory:  # fmt: skip
-    """Memory of a step; ``element_bytes`` are of activations, the others per parameter.
+    """Memory of a step. Bytes per element of activations, the rest per parameter; EMA is fp32.
 
-    bf16 with fp32 master weights: elements 2, weights 2 + 4, gradients 2. EMA copies are fp32.
+    bf16 with fp32 master weights is element_bytes 2, weight_bytes 2 + 4, gradient_bytes 2.
     """
-    d, parameters, pixart = config.width, count_parameters(config), config.architecture == "pixart"
-    hidden, normed = int(d * config.mlp_ratio), 2 * d * config.qk_norm
+    d, hidden, normed = config.width, int(config.width * config.mlp_ratio), 2 * config.qk_norm
+    pixart, parameters = config.architecture == "pixart", count_parameters(config)
     *blocks, last = _count_tokens(config, height, width, drop)
-    token = 8 * d + 2 * normed  # self-attention: input, norm, modulated, q, k, v, mix, output
-    token += (4 * d + normed) * pixart  # cross-attention: input, q, mix by row, mix of all rows
+    token = (8 + 2 * normed) * d  # self-attention: input, norm, modulated, q, k, v, mix, output
+    token += (4 + normed) * d * pixart  # cross-attention: input, q, mix by row, mix of all rows
     token += 4 * d + 2 * hidden  # MLP: input, norm, modulated, output; before and after GELU
-    text = text_tokens * (2 * d + normed) * pixart  # keys and values of cross-attention
+    text = text_tokens * (2 + normed) * d * pixart  # keys and values of cross-attention
     kept = sum(n * d if recompute else n * token + text for n in blocks)
     kept += 3 * last * d  # final layer: input, norm, modulated
     kept += text_tokens * (config.text_width + 3 * d) * pixart  # features, y_embedder's layers
-    scratch = blocks[0] * (d + hidden)  # gradients of tokens and within an MLP
-    scratch += (blocks[0] * token + text) * recompute  # the block that is run again
-    sizes = kept, scratch, sum(blocks) * d * HOLES * recompute  # of a sample
-    activations, workspace, holes = (round(element_bytes * batch * size) for size in sizes)
+    scratch = blocks[0] * (d + hidden)  # gradients: of tokens, and within an MLP
+    scratch += (blocks[0] * token + text) * recompute  # the block that is being run again
+    sample = batch * element_bytes
     return StepMemory(
-        weights=weight_bytes * parameters,
-        gradients=gradient_bytes * parameters,
-        optimizer=(optimizer_bytes + 4 * ema_copies) * parameters,
-        activations=activations,
-        workspace=workspace + LIBRARIES,
-        holes=holes,
-    )
+        weight_bytes * parameters, gradient_bytes * parameters,
+        (optimizer_bytes + 4 * ema_copies) * parameters, round(sample * kept),
+        round(sample * scratch) + LIBRARIES, sample * sum(blocks) * d * HOLES * recompute,
+    )  # fmt: skip

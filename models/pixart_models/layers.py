@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError
 
 _EPS = 1e-6  # of every norm
 FREQUENCIES = 256  # width of the sinusoidal timestep features

@@ -11,8 +11,7 @@ H, W latent size.
 import torch
 from torch import Tensor, nn
 
-from pixart_models.config import NetworkConfig
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError, NetworkConfig
 from pixart_models.layers import (
     CrossAttention,
     Mlp,

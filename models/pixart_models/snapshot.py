@@ -16,10 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pixart_models.config import NetworkConfig
+from pixart_models.config import ModelInputError, NetworkConfig
 from pixart_models.diffusion import ObjectiveName
 from pixart_models.dit import DiT
-from pixart_models.errors import ModelInputError
 from pixart_models.pixart import PixArt
 from pixart_models.solvers import SolverName, check_solver
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixart_models.config import ModelInputError
 from pixart_models.diffusion import IDDPM, NUM_TIMESTEPS, ObjectiveName
-from pixart_models.errors import ModelInputError
 
 SolverName = Literal["dpm++2m", "euler", "ddim", "lcm"]
 SOLVERS: dict[ObjectiveName, tuple[SolverName, ...]] = {

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pixart_models.config import ModelInputError
 from pixart_models.digits import COLORS, DIGIT_NAMES, RELATIONS, Reading, describe
-from pixart_models.errors import ModelInputError
 
 BUILTIN = "builtin:t5-tiny"
 TINY_WIDTH = 64

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pixart_models.errors import ModelInputError
+from pixart_models.config import ModelInputError
 from pixart_serve.contract import ApiError, GenerationRequest, encode_picture, parse_generation
 from pixart_serve.engine import Drawing, DrawRequest, EngineError, NotReady, QueueFull
 from pixart_serve.service import DrawingService, ServedModel

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pixart_models.config import ModelInputError
 from pixart_models.drawing import (
     EVERYWHERE,
     Drawer,
@@ -34,7 +35,6 @@ from pixart_models.drawing import (
     picture_sizes,
     predict,
 )
-from pixart_models.errors import ModelInputError
 from pixart_models.solvers import Schedule, build_schedule, solver_step
 from pixart_serve.prompts import PromptFeatures
 
