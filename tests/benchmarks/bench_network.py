@@ -261,7 +261,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = 2 if options.quick else options.batch
     config = replace(get_preset("pixart-xl-2-256"), depth=4)
-    figures = compare(config, Case(config, batch, device), 12, device)
+    figures = compare(config, Case(config, batch, device), 8 if options.quick else 12, device)
     if device.type == "cuda":
         figures |= measure_gpu(device, 10)
     else:
