@@ -96,6 +96,22 @@ def test_a_pipeline_becomes_a_snapshot_that_draws_the_same_and_back(
     assert_same(from_diffusers(tmp_path / "again", max_tokens=120), ours.network)
 
 
+def test_a_flow_pipeline_says_so_itself_and_distilled_weights_keep_their_solver(
+    drawer: Drawer, convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And encoders given by a relative path are found from any folder."""
+    network: Any = build(replace(drawer.config.network, predict_variance=False))
+    config = replace(drawer.config, network=network.config, objective="flow")
+    export_pipeline(replace(drawer, config=config, network=network), tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path)
+    encoders = ["--autoencoder", "theirs", "--text-encoder", "theirs"]
+    assert convert("theirs", "ours", *encoders, "--solver", "lcm", to="snapshot")[0] == 0
+    monkeypatch.chdir("/")
+    ours = load_drawer(tmp_path / "ours").config
+    assert (ours.objective, ours.solver) == ("flow", "lcm")
+    assert ours.text_encoder == str(tmp_path / "theirs")
+
+
 def test_a_published_file_becomes_a_parent_to_train_from_and_a_file_again(
     drawer: Drawer, convert: Any, tmp_path: Path
 ) -> None:
@@ -148,12 +164,17 @@ def list_files(folder: Path) -> list[Path]:
         (["nowhere", "far/away"], "pipeline", "far/away cannot be written: [Errno 2] No such file"),
         (["nowhere", "new"], "snapshot", "nowhere: there is no such file or folder"),
         (["nowhere", "new"], "pipeline", "nowhere holds no readable config.json"),
-        (["file.pth", "new"], "snapshot", "unknown network preset ''; one of pixart-xl-2-256"),
+        (["file.pth", "new"], "snapshot", "file.pth does not say what it is; give its preset"),
+        (["file.pth", "new", "--preset", "xl"], "snapshot", "unknown network preset 'xl'; one of"),
+        (["lcm", "new", "--preset", "digits"], "pipeline", "--to pipeline takes all it needs from"),
+        (["wide", "new", *ENCODERS], "snapshot", "wide does not say how it was trained; give its"),
+        (["wide", "new", *ENCODERS, "--objective", "iddpm"], "snapshot", "does not predict a vari"),
+        (["transformer", "new", *ENCODERS, "--objective", "flow"], "snapshot", "predicts a varian"),
         (["file.pth", "new", "--preset", "digits"], "snapshot", "file.pth is damaged or holds obj"),
         (["transformer", "new"], "snapshot", "'PixArtTransformer2DModel', but a 'AutoencoderKL'"),
         (["transformer", "new", "--preset", "digits"], "snapshot", "holds another network than di"),
-        (["wide", "new", *ENCODERS], "snapshot", "wide reads latents and text of (4, 64) channels, "
-         "the autoencoder and text encoder give (8, 64); name those"),
+        (["wide", "new", *ENCODERS, "--objective", "flow"], "snapshot", "wide reads latents "
+         "and text of (4, 64) channels, the autoencoder and text encoder give (8, 64); name those"),
         (["lcm", "new"], "pipeline", "solver lcm with iddpm cannot be exported"),
         (["normed", "new"], "transformer", "cannot express qk_norm = True"),
     ],

@@ -20,6 +20,7 @@ from pixart_models.autoencoder import sample_moments
 from pixart_models.config import ModelInputError, get_preset
 from pixart_models.diffusion import ObjectiveName, get_objective
 from pixart_models.dit import DiT
+from pixart_models.ema import Ema
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, build_network, save_snapshot
 from pixart_models.token_drop import TokenDrop, take_patches
@@ -256,3 +257,24 @@ def test_every_sample_keeps_tokens_of_its_own() -> None:
     assert counts.sum() == 64 * TOKENS // 4
     assert counts.min() > 4, "every place is kept now and then"
     assert len(set(map(tuple, kept.tolist()))) > 50, "of 1820 choices"
+
+
+def test_without_preview_prompts_a_text_stage_draws_nothing_and_goes_on() -> None:
+    task = make_task("text")
+    task.preview(Ema(make_network(task).named_parameters(), 100), 8)  # nothing to draw, no folder
+
+
+def test_a_size_conditioned_network_is_told_original_sizes_and_the_buckets_aspect() -> None:
+    plain = make_task("text")
+    config = replace(plain.snapshot.network, size_condition=True)
+    task = replace(plain, snapshot=replace(plain.snapshot, network=config))
+    columns = columns_of("text", 2) | {"latents.height": [500, 40], "latents.width": [700, 20]}
+    batch = task.decode(columns)
+    assert batch.sizes is not None
+    assert batch.sizes.tolist() == [[500, 700, 1], [40, 20, 1]]
+    network = make_network(task)
+    with torch.inference_mode():
+        told = task.loss(network, batch, SampleDraws(SEED, [0, 1]))
+        swapped = replace(batch, sizes=batch.sizes.flip(0))
+        other = task.loss(network, swapped, SampleDraws(SEED, [0, 1]))
+    assert told != other

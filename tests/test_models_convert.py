@@ -305,8 +305,8 @@ BAD_WEIGHTS: dict[str, tuple[Change, str]] = {
     "whole numbers": (lambda w: w.update({BIAS: w[BIAS].long()}), "no finite numbers in"),
     "sparse": (lambda w: w.update({BIAS: w[BIAS].to_sparse()}), "no finite numbers in"),
     "no data": (lambda w: w.update({BIAS: w[BIAS].to("meta")}), "no finite numbers in"),
-    "a number": (lambda w: w.update({BIAS: 3}), "holds no dict of tensors by name"),
-    "half a word": (lambda w: w.update(state_dict=[1]), "holds no dict of tensors by name"),
+    "a number": (lambda w: w.update({BIAS: 3}), "holds no dict of plain tensors by name"),
+    "half a word": (lambda w: w.update(state_dict=[1]), "holds no dict of plain tensors by name"),
 }
 
 

@@ -285,3 +285,24 @@ def test_a_class_conditional_snapshot_does_not_draw_prompts(
     save_snapshot(tmp_path, config, network.state_dict())
     with pytest.raises(SnapshotError, match="class-conditional DiT: only PixArt draws prompts"):
         load_drawer(tmp_path, like=flow_drawer)
+
+
+def test_loaded_weights_outlive_their_file(snapshot: Path) -> None:
+    """A live replica must not draw from a file that somebody rewrites in place."""
+    _, network = load_network(snapshot)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    path = snapshot / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size // 4))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_complex_weights_are_refused(snapshot: Path) -> None:
+    path = snapshot / "model.safetensors"
+    weights = load_file(path)
+    weights["t_block.1.bias"] = weights["t_block.1.bias"].to(torch.complex64)
+    save_file(weights, path)
+    with pytest.raises(SnapshotError, match=r"missing or mis-shaped \['t_block.1.bias'\]"):
+        load_network(snapshot)

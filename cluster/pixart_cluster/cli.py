@@ -121,13 +121,28 @@ def serve(
 def convert(
     source: Annotated[Path, typer.Argument(help="A snapshot, or others' weights to make one of.")],
     dest: Annotated[Path, typer.Argument(help="A new folder; published weights: a new file.")],
-    to: Annotated[Literal["snapshot", "pipeline", "transformer", "published"], typer.Option()],
+    to: Annotated[
+        Literal["snapshot", "pipeline", "transformer", "published"],
+        typer.Option(help="What DEST becomes; the options below are for a snapshot."),
+    ],
     preset: Annotated[str, typer.Option(help="The network; a published file needs it.")] = "",
     autoencoder: Annotated[str, typer.Option(help="Folder or hub id; default SOURCE.")] = "",
     text_encoder: Annotated[str, typer.Option(help="Folder or hub id; default SOURCE.")] = "",
-    objective: Annotated[Literal["iddpm", "flow"], typer.Option()] = "iddpm",
+    objective: Annotated[
+        Literal["iddpm", "flow"] | None,
+        typer.Option(help="How it was trained; default what SOURCE says."),
+    ] = None,
+    solver: Annotated[
+        Literal["dpm++2m", "lcm"], typer.Option(help="How it draws; distilled weights: lcm.")
+    ] = "dpm++2m",
 ) -> None:
     """Make a snapshot of a published file or a diffusers folder, or either of a snapshot."""
+    if to != "snapshot" and (preset or autoencoder or text_encoder or objective):
+        from pixart_models.convert import ConversionError
+
+        raise ConversionError(
+            f"--to {to} takes all it needs from SOURCE; leave the other options out"
+        )
     with _new(dest) as place:
         from pixart_models import drawing, export, snapshot
 
@@ -135,12 +150,16 @@ def convert(
             from pixart_jobs.train import SNAPSHOT_SCHEMA
             from pixart_platform.manifest import FileRecord, Manifest
 
-            export.import_snapshot(source, place, preset, autoencoder, text_encoder, objective)
+            export.import_snapshot(
+                source, place, preset, autoencoder, text_encoder, objective, solver
+            )
             records = tuple(FileRecord.of(path) for path in sorted(place.iterdir()))
             Manifest(SNAPSHOT_SCHEMA, {"imported": source.name}, {}, records).commit_to(place)
         elif to == "pipeline":
             told = export.export_pipeline(drawing.load_drawer(source), place)
-            typer.echo(f"pipeline(prompt, **{told}) draws what a service does")
+            typer.echo(
+                f"pipeline(prompt, **{told}) draws, with the same steps, guidance and noise, what the snapshot does"
+            )
         else:
             write = export.save_diffusers if to == "transformer" else export.save_published
             write(snapshot.load_network(source)[1], place)

@@ -126,7 +126,7 @@ class StageSettings(Section):
     ema_half_life_images: Count = Field(5000, ge=1)
     condition_drop: float = Field(0.1, ge=0, lt=1)
     """Share of samples whose caption or class is dropped, for guidance."""
-    position_scale: float = Field(1.0, gt=0)
+    position_scale: float = Field(1.0, gt=0, le=1000)
     """Squeezes positions, to start a finer grid from a coarser one."""
     where: Annotated[str, AfterValidator(_check_condition)] = ""
     """Curated subset, on columns of the image table: ``quality >= 0.6 and label >= 0``."""

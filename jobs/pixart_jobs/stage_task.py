@@ -37,6 +37,7 @@ class LatentBatch:
     moments: Tensor
     labels: Tensor | None = None
     features: list[Tensor] | None = None
+    sizes: Tensor | None = None  # (B, 3), of a size-conditioned network
 
 
 @dataclass
@@ -76,16 +77,17 @@ class LatentTask:
         if "text.features" in columns:
             width = self.snapshot.network.text_width
             features = [unpack_features(f, width).float() for f in columns["text.features"]]
-            return LatentBatch(moments, features=features)
+            if not self.snapshot.network.size_condition:
+                return LatentBatch(moments, features=features)
+            numbers = (columns[f"latents.{n}"] for n in ("height", "width", "bucket_h", "bucket_w"))
+            sizes = [[y, x, h / w] for y, x, h, w in zip(*numbers, strict=True)]
+            return LatentBatch(moments, features=features, sizes=torch.tensor(sizes))
         null = self.snapshot.network.num_classes
         labels = [null if label is None else label for label in columns["images.label"]]
         return LatentBatch(moments, labels=torch.tensor(labels))
 
     def loss(self, model: nn.Module, batch: LatentBatch, draws: SampleDraws) -> Tensor:
-        """Mean objective, in fp32, over this rank's next samples.
-
-        The draws' sequence is part of the recipe.
-        """
+        """Mean objective, in fp32, over this rank's samples; the draws' sequence is fixed."""
         shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
         x0 = sample_moments(batch.moments, draws.normal(shape), self.latent_scale)
         noise, uniform = draws.normal(shape), draws.uniform()
@@ -96,7 +98,8 @@ class LatentTask:
         dtype = next(model.parameters()).dtype
         route = self._choose_route(batch, draws)
         condition = self._condition(batch, dropped, dtype)
-        output = model(x_t.to(dtype), timesteps, condition, route=route).float()
+        told = {} if batch.sizes is None else {"sizes": self._upload(batch.sizes)}
+        output = model(x_t.to(dtype), timesteps, condition, route=route, **told).float()
         if route and route.stop is None:
             patch = self.snapshot.network.patch
             x0, noise, x_t = (take_patches(v, route.kept, patch) for v in (x0, noise, x_t))
@@ -126,11 +129,13 @@ class LatentTask:
 
     def preview(self, average: Average, images_seen: int) -> None:
         """Draw the fixed prompts (or each class) with fixed seeds; save and log the pictures."""
+        if self.snapshot.network.architecture == "pixart" and not self.preview_prompts:
+            return
         if self._previewer is None:
             self._previewer = self._load_previewer()
         with torch.device(self.device):
             network = build_network(self.snapshot.network)
-        network.load_state_dict(average.tensors, strict=False)
+        network.load_state_dict(average.tensors)
         pictures = self._previewer(network.eval())
         strip = np.concatenate(list(pictures.values()), axis=1)
         self.preview_folder.mkdir(parents=True, exist_ok=True)

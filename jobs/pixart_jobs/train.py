@@ -281,7 +281,8 @@ def _train_stage(stage: StagePlan, uri: str, run_id: str, lead: bool) -> None:
 def build_index(stage: StagePlan) -> RowIndex:
     """The rows this stage may use, with the columns its task decodes."""
     inputs = stage.inputs
-    latents = (inputs.latents, ["moments", "bucket_h", "bucket_w"])
+    told = ["width", "height"] if stage.snapshot.network.size_condition else []
+    latents = (inputs.latents, ["moments", "bucket_h", "bucket_w", *told])
     if stage.settings.condition_on == "class":
         tables = {"images": (inputs.images, ["label"]), "latents": latents}
     else:

@@ -112,8 +112,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ConversionError(f"{path} cannot be read: {reason}") from error
     if isinstance(held, dict):
         held = held.get("state_dict", held.get("state_dict_ema", held))
-    if not isinstance(held, dict) or not all(isinstance(t, Tensor) for t in held.values()):
-        raise ConversionError(f"{path} holds no dict of tensors by name; {accepted}")
+    if not isinstance(held, dict) or not all(
+        isinstance(t, Tensor) and not t.is_nested for t in held.values()
+    ):
+        raise ConversionError(f"{path} holds no dict of plain tensors by name; {accepted}")
     return {str(name): tensor for name, tensor in held.items()}
 
 
@@ -136,7 +138,7 @@ def from_diffusers(folder: Path, max_tokens: int = 120) -> PixArt | DiT:
     ``max_tokens`` is what diffusers leaves to the caller of its pipeline. Raises ConversionError.
     """
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config = parse_network(_read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE), max_tokens)
+    config = parse_network(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE), max_tokens)
     with torch.device("meta"):
         network = build_network(config)
     expected = split_names(network.state_dict(), config)
@@ -212,7 +214,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return plain and bool(tensor.float().isfinite().all())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -225,7 +227,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's weights file, or of the files its index names."""
     if not (folder / INDEX_FILE).exists():
         return read_weights(folder / WEIGHTS_FILE)
-    places = _read_json(folder / INDEX_FILE).get("weight_map")
+    places = read_json(folder / INDEX_FILE).get("weight_map")
     listed = [(n, str(f)) for n, f in places.items()] if isinstance(places, dict) else [("", "")]
     files = {file for _, file in listed if re.fullmatch(r"[\w.-]+\.safetensors", file)}
     shards = {file: read_weights(folder / file) for file in sorted(files)}

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pixart_models import convert
 from pixart_models.autoencoder import load_autoencoder
-from pixart_models.config import get_preset
+from pixart_models.config import NetworkConfig, get_preset
 from pixart_models.convert import ConversionError
 from pixart_models.diffusion import ObjectiveName
 from pixart_models.dit import DiT
@@ -22,7 +22,7 @@ from pixart_models.drawing import Drawer
 from pixart_models.layers import sincos_positions
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import CONFIG_FILE, SnapshotConfig, save_snapshot
-from pixart_models.solvers import SolverName
+from pixart_models.solvers import SolverName, check_solver
 from pixart_models.text import load_text_encoder
 
 _DPM: dict[str, Any] = {"timestep_spacing": "linspace", "final_sigmas_type": "zero"}
@@ -39,15 +39,18 @@ SCHEDULERS: dict[tuple[ObjectiveName, SolverName], tuple[str, dict[str, Any]]] =
 
 def import_snapshot(
     source: Path, folder: Path, preset: str, autoencoder: str, text_encoder: str,
-    objective: ObjectiveName,
+    objective: ObjectiveName | None, solver: SolverName,
 ) -> None:  # fmt: skip
     """Write a new snapshot of a released file of network ``preset``, or of a diffusers folder.
 
-    The encoders are folders or hub ids; when empty, those in ``source``, a pipeline's folder.
-    Raises ConversionError, ConfigError or ModelNotFound.
+    The encoders are folders or hub ids; when empty, those in ``source``, a pipeline's folder. So is
+    the objective; elsewhere a network that predicts the variance is ``iddpm``, and any other must
+    be told. Raises ConversionError, ConfigError, SolverError or ModelNotFound.
     """
     if not source.exists():
         raise ConversionError(f"{source}: there is no such file or folder")
+    if not (preset or source.is_dir()):
+        raise ConversionError(f"{source} does not say what it is; give its preset")
     if source.is_dir():
         network = convert.from_diffusers(source, get_preset(preset).max_tokens if preset else 120)
     else:
@@ -55,8 +58,15 @@ def import_snapshot(
     config, describe = network.config, convert.describe_network
     if preset and describe(config) != describe(get_preset(preset)):
         raise ConversionError(f"{source} holds another network than {preset}; leave preset out")
-    vae = load_autoencoder(autoencoder or str(source.absolute()))
-    text = load_text_encoder(text_encoder or str(source.absolute()), config.max_tokens)
+    objective = objective or _read_objective(source, config)
+    if (objective == "iddpm") != config.predict_variance:
+        raise ConversionError(
+            f"{source} {'predicts' if config.predict_variance else 'does not predict'} a variance, "
+            f"which is not what {objective} trains; name its objective"
+        )
+    check_solver(objective, solver)
+    vae = load_autoencoder(_absolute(autoencoder or source))
+    text = load_text_encoder(_absolute(text_encoder or source), config.max_tokens)
     if isinstance(network, DiT):  # it reads none, but what is trained from it will
         config = replace(config, text_width=text.width)
     reads, given = (config.latent_channels, config.text_width), (vae.channels, text.width)
@@ -66,12 +76,29 @@ def import_snapshot(
             f"encoder give {given}; name those it was trained with"
         )
     settings = SnapshotConfig(
-        network=config, objective=objective, resolution=config.sample_size * vae.factor,
+        network=config, objective=objective, solver=solver,
+        resolution=config.sample_size * vae.factor,
         autoencoder=vae.source, autoencoder_digest=vae.digest,
         text_encoder=text.source, text_encoder_digest=text.digest,
     )  # fmt: skip
     folder.mkdir()
     save_snapshot(folder, settings, network.state_dict())
+
+
+def _absolute(source: str | Path) -> str:
+    """A local folder from the root, so that it is found from anywhere; else as it is, a hub id."""
+    return str(Path(source).absolute()) if Path(source).is_dir() else str(source)
+
+
+def _read_objective(source: Path, config: NetworkConfig) -> ObjectiveName:
+    """What a pipeline's scheduler says, or else what the network's outputs do."""
+    path = source / "scheduler" / "scheduler_config.json"
+    if path.is_file():
+        flow = convert.read_json(path).get("prediction_type") == "flow_prediction"
+        return "flow" if flow else "iddpm"
+    if config.predict_variance:
+        return "iddpm"
+    raise ConversionError(f"{source} does not say how it was trained; give its objective")
 
 
 def save_published(network: PixArt | DiT, path: Path) -> None:

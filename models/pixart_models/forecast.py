@@ -1,9 +1,9 @@
 """What a training step costs before it is run: FLOPs of a sample, bytes of memory of a process.
 
-FLOPs are those of matrix products and attention, a multiply-add being 2, as accelerators' peaks
-are counted: ``step_flops(...) * images_per_second / peak`` is the model FLOPs utilisation. Memory
-is that of eager PyTorch with AdamW, fused or one tensor at a time (foreach adds a copy of the
-weights), gradients freed after the step; ``tests/benchmarks/bench_memory.py`` measures it.
+FLOPs are those of matrix products and attention, a multiply-add being 2, as peaks are counted:
+utilisation is ``step_flops(...) * images_per_second / peak``. Memory is that of eager PyTorch with
+AdamW, fused or one tensor at a time (foreach adds a copy of the weights), gradients freed after the
+step; ``tests/benchmarks/bench_memory.py`` measures it.
 
 Legend: N image tokens, n those a block sees, T text tokens of a row, Dt their width, D width, F
 width of timestep features, r MLP ratio, p patch, C channels. A product is rows * inner * columns.
@@ -19,8 +19,8 @@ from pixart_models.layers import FREQUENCIES
 from pixart_models.pixart import PixArt
 from pixart_models.token_drop import TokenDrop
 
-LIBRARIES = 40 * 2**20  # measured: bytes of BLAS's buffers, and of code that a step first touches
-HOLES = 7  # measured: n*D a block that glibc cannot fill between inputs kept for recomputation
+LIBRARIES = 48 * 2**20  # measured: bytes of BLAS's buffers, and of code that a step first touches
+Drop = TokenDrop | None
 
 
 def count_parameters(config: NetworkConfig) -> int:
@@ -30,7 +30,7 @@ def count_parameters(config: NetworkConfig) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _count_tokens(config: NetworkConfig, h: int, w: int, drop: TokenDrop | None) -> list[int]:
+def _count_tokens(config: NetworkConfig, h: int, w: int, drop: Drop) -> list[int]:
     """Image tokens of a latent (h, w) that each block and, last, the final layer sees."""
     tokens = (h // config.patch) * (w // config.patch)
     if drop is None:
@@ -52,23 +52,23 @@ def _split_flops(config: NetworkConfig, tokens: list[int], text: float) -> tuple
     if config.architecture == "dit":
         inner += depth * 6 * d**2  # adaLN_modulation 1*D*6D
         return 2 * inner, 2.0 * (outer + 2 * d**2)  # final_layer.adaLN_modulation 1*D*2D
-    inner += 2 * n * d**2 + 2 * n * text * d  # cross_attn: q_linear, proj n*D*D; n*D*T, n*T*D
-    inner += depth * text * 2 * d**2  # cross_attn.kv_linear T*D*2D
+    inner += 2 * n * d**2  # cross_attn: q_linear and proj n*D*D
+    inner += text * (2 * depth * d**2 + 2 * n * d)  # kv_linear T*D*2D; n*D*T scores, n*T*D
     outer += 6 * d**2  # t_block 1*D*6D
     outer += (FREQUENCIES * d + d**2 // 3) * config.size_condition  # 3 times 1*F*D/3, 1*D/3*D/3
     return 2 * inner, 2 * (outer + text * (config.text_width + d) * d)  # y_embedder T*Dt*D, T*D*D
 
 
 def forward_flops(
-    config: NetworkConfig, height: int, width: int, text_tokens: float, drop: TokenDrop | None = None
+    config: NetworkConfig, height: int, width: int, text_tokens: float, drop: Drop = None
 ) -> float:
     """FLOPs of a sample with a latent (height, width); a mean of text tokens gives the mean."""
     return sum(_split_flops(config, _count_tokens(config, height, width, drop), text_tokens))
 
 
 def step_flops(
-    config: NetworkConfig, height: int, width: int, text_tokens: float,
-    drop: TokenDrop | None = None, *, recompute: bool = False,
+    config: NetworkConfig, height: int, width: int, text_tokens: float, drop: Drop = None,
+    *, recompute: bool = False,
 ) -> float:  # fmt: skip
     """FLOPs of a sample's forward and backward, which is two; ``recompute`` runs blocks again."""
     inner, outer = _split_flops(config, _count_tokens(config, height, width, drop), text_tokens)
@@ -77,52 +77,44 @@ def step_flops(
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training process beyond its imports, from the second step on.
-
-    ``total`` is the peak on Linux: glibc fits few gradients into what activations left. ``live`` is
-    the most in use at once, the peak with MALLOC_MMAP_THRESHOLD_=1000000, or on CUDA.
-    """
+    """Bytes of a training process beyond its imports, from the second step on."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     workspace: int
-    holes: int
-
-    @property
-    def live(self) -> int:
-        return self.weights + self.optimizer + self.workspace + max(self.activations, self.gradients)
-
-    @property
-    def total(self) -> int:
-        return self.live + min(self.activations, self.gradients) + self.holes
+    live: int  # most in use at once: the peak of an allocator without holes
+    total: int  # the peak with glibc, which leaves holes between tensors unfilled
 
 
 def step_memory(
     config: NetworkConfig, batch: int, height: int, width: int, text_tokens: float,
-    drop: TokenDrop | None = None, *, recompute: bool = False, element_bytes: int = 4,
-    weight_bytes: int = 4, gradient_bytes: int = 4, optimizer_bytes: int = 8, ema_copies: int = 0,
+    drop: Drop = None, *, recompute: bool = False, element_bytes: int = 4, weight_bytes: int = 4,
+    gradient_bytes: int = 4, optimizer_bytes: int = 8, ema_copies: int = 0,
 ) -> StepMemory:  # fmt: skip
-    """Memory of a step. Bytes per element of activations, the rest per parameter; EMA is fp32.
+    """Memory of a step. Bytes are per element of activations, else per parameter; EMA is fp32.
 
     bf16 with fp32 master weights is element_bytes 2, weight_bytes 2 + 4, gradient_bytes 2.
     """
-    d, hidden, normed = config.width, int(config.width * config.mlp_ratio), 2 * config.qk_norm
+    d, hidden, norms = config.width, int(config.width * config.mlp_ratio), 2 * config.qk_norm
     pixart, parameters = config.architecture == "pixart", count_parameters(config)
     *blocks, last = _count_tokens(config, height, width, drop)
-    token = (8 + 2 * normed) * d  # self-attention: input, norm, modulated, q, k, v, mix, output
-    token += (4 + normed) * d * pixart  # cross-attention: input, q, mix by row, mix of all rows
+    token = (8 + 2 * norms) * d  # self-attention: input, norm, modulated, q, k, v, mix, output
+    token += (4 + norms) * d * pixart  # cross-attention: input, q, mix by row, mix of all rows
     token += 4 * d + 2 * hidden  # MLP: input, norm, modulated, output; before and after GELU
-    text = text_tokens * (2 + normed) * d * pixart  # keys and values of cross-attention
-    kept = sum(n * d if recompute else n * token + text for n in blocks)
-    kept += 3 * last * d  # final layer: input, norm, modulated
+    text = text_tokens * (2 + norms) * d * pixart  # keys and values of cross-attention
+    kept = 3.0 * last * d  # final layer: input, norm, modulated
+    kept += sum(n * d if recompute else n * token + text for n in blocks)
     kept += text_tokens * (config.text_width + 3 * d) * pixart  # features, y_embedder's layers
-    scratch = blocks[0] * (d + hidden)  # gradients: of tokens, and within an MLP
+    scratch = 1.0 * blocks[0] * (d + hidden)  # gradients: of tokens, and within an MLP
     scratch += (blocks[0] * token + text) * recompute  # the block that is being run again
-    sample = batch * element_bytes
-    return StepMemory(
-        weight_bytes * parameters, gradient_bytes * parameters,
-        (optimizer_bytes + 4 * ema_copies) * parameters, round(sample * kept),
-        round(sample * scratch) + LIBRARIES, sample * sum(blocks) * d * HOLES * recompute,
-    )  # fmt: skip
+    unit = batch * element_bytes
+    activations, workspace = round(unit * kept), round(unit * scratch) + LIBRARIES
+    weights, gradients = weight_bytes * parameters, gradient_bytes * parameters
+    optimizer = (optimizer_bytes + 4 * ema_copies) * parameters
+    live = weights + optimizer + workspace + max(activations, gradients)
+    # Measured with glibc 2.36: an aligned tensor often does not fit the hole an equal one left.
+    reused = 0.15 * activations + 0.6 * min(activations, gradients)
+    total = live + round(9 * unit * d * sum(blocks) if recompute else reused)
+    return StepMemory(weights, gradients, optimizer, activations, workspace, live, total)

@@ -124,18 +124,20 @@ def load_network(folder: Path, device: str = "cpu") -> tuple[SnapshotConfig, Pix
     """Rebuild the network with its weights, on ``device``, in fp32. Raises SnapshotError."""
     config = load_config(folder)
     try:
-        weights = load_file(folder / WEIGHTS_FILE, device=device)
+        stored = load_file(folder / WEIGHTS_FILE, device=device)
     except (OSError, SafetensorError) as error:
         raise SnapshotError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error
     with torch.device("meta"):
         network = build_network(config.network)
+    # Copied, since what stays mapped to a file would change or vanish with it.
+    weights = {n: t.to(torch.float32, copy=True) for n, t in stored.items() if not t.is_complex()}
     missing, extra = _differences(network.state_dict(), weights)
     if missing or extra:
         raise SnapshotError(
             f"{folder / WEIGHTS_FILE} does not fit its config: missing or mis-shaped "
             f"{missing[:3]}, extra {extra[:3]} ({len(missing)} and {len(extra)} in all)"
         )
-    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    network.load_state_dict(weights, assign=True)
     bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise SnapshotError(f"{folder / WEIGHTS_FILE} has non-finite values in {bad[:3]}")
