@@ -158,7 +158,7 @@ def convert(
         elif to == "pipeline":
             told = export.export_pipeline(drawing.load_drawer(source), place)
             typer.echo(
-                f"pipeline(prompt, **{told}) draws, with the same steps, guidance and noise, what the snapshot does"
+                f"pipeline(prompt, **{told}), with its steps, guidance and noise, draws as we do"
             )
         else:
             write = export.save_diffusers if to == "transformer" else export.save_published
