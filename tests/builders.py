@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 from hypothesis import HealthCheck, settings
 
+from pixart_platform.storage import Folder, open_folder
 from pixart_platform.tables import OK, SCHEMAS, Table, TableWriter
 
 repeatable = settings(
@@ -25,14 +26,27 @@ def make_rows(schema: str, rows: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist(full, SCHEMAS[schema])
 
 
+def make_writer(place: Path | Folder, schema: str, num_partitions: int) -> TableWriter:
+    """A writer of ``place`` itself, whatever its settings."""
+    keys = tuple(f"part {k}" for k in range(num_partitions))
+    return TableWriter(open_folder(place), schema, {}, {}, keys)
+
+
 def write_table(
-    folder: Path,
+    place: Path | Folder,
     schema: str,
     partitions: Sequence[Sequence[Row]],
     extra: dict[str, Any] | None = None,
 ) -> Table:
     """A committed table with these partitions."""
-    writer = TableWriter(folder, schema, {}, {})
+    writer = make_writer(place, schema, len(partitions))
     for k, rows in enumerate(partitions):
         writer.write(k, make_rows(schema, rows))
-    return writer.commit(len(partitions), extra)
+    return writer.commit(extra)
+
+
+def write_and_commit(writer: TableWriter, partitions: Sequence[pa.Table]) -> str:
+    """What a job does, for a process to run; returns the digest."""
+    for k, rows in enumerate(partitions):
+        writer.write(k, rows)
+    return writer.commit().digest

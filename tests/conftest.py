@@ -1,9 +1,17 @@
-"""What every test gets: one torch thread, reproducible hypothesis, no chatter, no downloads."""
+"""What every test gets: one torch thread, reproducible hypothesis, no chatter, no downloads.
+
+And for those who ask: ``bucket``, an empty folder of an S3 server that really listens.
+"""
 
 import os
+import uuid
+from collections.abc import Iterator
 
 import hypothesis
+import pytest
 import torch
+
+from pixart_platform.storage import Folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -15,3 +23,20 @@ torch.set_num_threads(1)
 # The first torch call takes half a second, which is no reason to call a property flaky.
 hypothesis.settings.register_profile("pixart", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("pixart")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Where an S3 server listens that this process, and those it starts, speak to."""
+    from chaos_s3 import ChaosS3, endpoint  # moto takes a second to import
+
+    with ChaosS3() as server, endpoint(server.uri):
+        yield server.uri
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str) -> Folder:  # noqa: ARG001
+    """A fresh bucket; its ``uri`` is ``s3://name``."""
+    from chaos_s3 import make_bucket
+
+    return make_bucket(f"test-{uuid.uuid4().hex[:12]}")

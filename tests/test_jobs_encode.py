@@ -2,6 +2,7 @@
 rejected."""
 
 import io
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixart_jobs.encode import _Encode, choose_shapes, fit, pack_features, plan, unpack_features
+from pixart_jobs.encode import (
+    _Encode,
+    choose_shapes,
+    fit,
+    pack_features,
+    plan,
+    prepare_rows,
+    unpack_features,
+)
 from pixart_jobs.recipe import EncodeSettings, Recipe
 from pixart_jobs.scenes import compose_scene
 from pixart_jobs.stage_task import LatentTask
@@ -28,6 +37,7 @@ from pixart_platform.batches import Condition, RowIndex
 from pixart_platform.order import Order
 from pixart_platform.partitions import Sink
 from pixart_platform.seeds import SampleDraws
+from pixart_platform.storage import open_folder
 from pixart_platform.tables import Table, TableWriter
 
 
@@ -69,71 +79,73 @@ def frame(height: int, width: int) -> NDArray[np.uint8]:
 )
 def test_a_picture_is_scaled_to_cover_and_cropped_to_its_middle(height: int, width: int) -> None:
     pixels = fit(frame(height, width), Size(32, 32))
-    assert pixels.shape == (3, 32, 32)
-    assert pixels.dtype == torch.float32
-    assert -1 <= float(pixels.min()) <= float(pixels.max()) <= 1
-    assert (pixels[0, 8:24, 8:24] == 1).all(), "the middle is the middle's red"
-    assert (pixels[1, 8:24, 8:24] == -1).all()
+    assert pixels.shape == (32, 32, 3)
+    assert pixels.dtype == np.uint8
+    assert (pixels[8:24, 8:24, 0] == 255).all(), "the middle is the middle's red"
+    assert (pixels[8:24, 8:24, 1] == 0).all()
 
 
 def test_a_picture_of_the_right_size_is_not_touched() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    pixels = ((fit(picture, Size(32, 32)).permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
-    np.testing.assert_array_equal(pixels.numpy(), picture)
+    np.testing.assert_array_equal(fit(picture, Size(32, 32)), picture)
 
 
 def test_cropping_takes_both_ends_alike() -> None:
     ramp = np.broadcast_to(np.arange(0, 120, dtype=np.uint8)[None, :, None], (40, 120, 3))
-    pixels = fit(np.ascontiguousarray(ramp), Size(40, 40))
-    shown = ((pixels[0, 0] + 1) * 127.5).round()
-    assert (int(shown[0]), int(shown[-1])) == (40, 79)
+    shown = fit(np.ascontiguousarray(ramp), Size(40, 40))[0, :, 0]
+    assert (shown[0], shown[-1]) == (40, 79)
 
 
 SETTINGS = EncodeSettings(resolutions=(32, 40), batch_images=2)
 REJECTED, UNCAPTIONED = 1, 4
 
 
-def encode(settings: EncodeSettings, rows: pa.Table) -> list[dict[str, Any]]:
+def encode(settings: EncodeSettings, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the job makes of these rows, with patches of 2."""
-    found: list[dict[str, Any]] = _Encode(settings, choose_shapes(settings, 2))(rows).to_pylist()
+    shapes = choose_shapes(settings, 2)
+    prepared = prepare_rows(rows, shapes, refuse_extreme=settings.aspect_buckets)
+    found: list[dict[str, Any]] = _Encode(settings, tuple(shapes), text=True)(prepared).to_pylist()
     return found
 
 
 @pytest.fixture(scope="module")
-def rows() -> pa.Table:
+def rows() -> list[dict[str, Any]]:
     """Five scenes of which one picture is rejected, and another's caption."""
     scenes = [compose_scene(i, seed=9) for i in range(5)]
     items = [
-        {"id": f"{i}", "status": "ok", "bytes": scene.png(), "caption": "a red " + "three " * i,
-         "caption_status": "ok", "width": 48, "height": 48}
+        {"id": sha256(scene.png()).hexdigest(), "status": "ok", "bytes": scene.png(), "uri": "",
+         "captions": ["a red " + "three " * i], "text_status": "ok", "width": 48, "height": 48}
         for i, scene in enumerate(scenes)
     ]  # fmt: skip
-    broken = {"status": "rejected: broken", "caption_status": "rejected: broken"}
-    items[REJECTED] |= broken | {"bytes": b"", "caption": "", "width": 0, "height": 0}
-    items[UNCAPTIONED] |= {"caption_status": "rejected: no caption (blank)", "caption": ""}
-    return pa.Table.from_pylist(items)
+    broken = {"status": "rejected: broken", "text_status": "rejected: broken"}
+    items[REJECTED] |= broken | {"bytes": b"", "captions": [], "width": 0, "height": 0}
+    items[UNCAPTIONED] |= {"text_status": "rejected: no caption (blank)", "captions": []}
+    return items
 
 
 @pytest.fixture(scope="module")
-def encoded(rows: pa.Table) -> list[dict[str, Any]]:
+def encoded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return encode(SETTINGS, rows)
 
 
-def test_every_row_comes_back_in_its_place(rows: pa.Table, encoded: list[dict[str, Any]]) -> None:
-    for column, source in (("id", "id"), ("status", "status"), ("text_status", "caption_status")):
-        assert [row[column] for row in encoded] == rows[source].to_pylist()
+def test_every_row_comes_back_in_its_place(
+    rows: list[dict[str, Any]], encoded: list[dict[str, Any]]
+) -> None:
+    for column in ("id", "status", "text_status"):
+        assert [row[column] for row in encoded] == [row[column] for row in rows]
 
 
 def test_a_rejected_picture_has_an_empty_payload(encoded: list[dict[str, Any]]) -> None:
     row = encoded[REJECTED]
     assert (row["features"], row["moments_32"], row["moments_40"]) == (b"", b"", b"")
-    numbers = ("num_tokens", "width", "height", "bucket_h_32", "bucket_w_32", "bucket_h_40")
+    assert row["num_tokens"] == []
+    numbers = ("width", "height", "bucket_h_32", "bucket_w_32", "bucket_h_40")
     assert {row[name] for name in numbers} == {0}
 
 
 def test_a_rejected_caption_keeps_its_picture(encoded: list[dict[str, Any]]) -> None:
     row = encoded[UNCAPTIONED]
-    assert (row["features"], row["num_tokens"]) == (b"", 0)
+    assert (row["features"], row["num_tokens"]) == (b"", [])
     assert row["moments_32"]
     assert row["moments_40"]
 
@@ -142,20 +154,20 @@ def test_payloads_have_the_size_their_numbers_say(encoded: list[dict[str, Any]])
     width = load_text_encoder(SETTINGS.text_encoder, SETTINGS.max_tokens).width
     channels = 2 * load_autoencoder(SETTINGS.autoencoder).channels
     for i, row in enumerate(encoded):
-        assert len(row["features"]) == 2 * row["num_tokens"] * width
+        assert len(row["features"]) == 2 * sum(row["num_tokens"]) * width
         for resolution in SETTINGS.resolutions:
             height, across = row[f"bucket_h_{resolution}"], row[f"bucket_w_{resolution}"]
             assert len(row[f"moments_{resolution}"]) == 2 * channels * height * across
             if i != REJECTED:
                 assert height == across == resolution // 4
-    lengths = [encoded[i]["num_tokens"] for i in (0, 2, 3)]
+    lengths = [encoded[i]["num_tokens"][0] for i in (0, 2, 3)]
     assert lengths == sorted(set(lengths)), "features are trimmed to the caption's own length"
 
 
 def test_a_row_is_encoded_the_same_alone_as_among_others(
-    rows: pa.Table, encoded: list[dict[str, Any]]
+    rows: list[dict[str, Any]], encoded: list[dict[str, Any]]
 ) -> None:
-    (alone,) = encode(SETTINGS, rows.slice(3, 1))
+    (alone,) = encode(SETTINGS, rows[3:4])
     for name, dtype in (("moments_40", np.float16), ("moments_32", np.float16)):
         ours, theirs = (np.frombuffer(row[name], dtype) for row in (alone, encoded[3]))
         np.testing.assert_allclose(ours, theirs, atol=0.01)
@@ -198,19 +210,22 @@ def png(picture: NDArray[np.uint8]) -> bytes:
 @pytest.fixture(scope="module")
 def shaped_rows() -> list[dict[str, Any]]:
     return [
-        {"id": f"{i:04d}", "status": "ok", "bytes": png(gradient(height, width)),
-         "caption": "red " * (i % 3), "caption_status": "ok", "width": width, "height": height}
+        {"id": sha256(png(gradient(height, width))).hexdigest(), "status": "ok", "uri": "",
+         "bytes": png(gradient(height, width)), "captions": ["red " * (i % 3 + 1)],
+         "text_status": "ok", "width": width, "height": height}
         for i, (height, width) in enumerate(SHAPES)
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def bucketed(shaped_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return encode(BUCKETED, pa.Table.from_pylist(shaped_rows))
+    return encode(BUCKETED, shaped_rows)
 
 
-def test_each_picture_goes_to_its_nearest_bucket(bucketed: list[dict[str, Any]]) -> None:
-    assert [row["id"] for row in bucketed] == [f"{i:04d}" for i in range(len(SHAPES))]
+def test_each_picture_goes_to_its_nearest_bucket(
+    shaped_rows: list[dict[str, Any]], bucketed: list[dict[str, Any]]
+) -> None:
+    assert [row["id"] for row in bucketed] == [row["id"] for row in shaped_rows]
     found = [(row["bucket_h_32"], row["bucket_w_32"]) for row in bucketed]
     assert found == EXPECTED_32
     for row, (height, width) in zip(bucketed, SHAPES, strict=True):
@@ -225,10 +240,10 @@ def test_pictures_beyond_4_to_1_are_rejected_and_their_captions_kept(
     bucketed: list[dict[str, Any]],
 ) -> None:
     row = bucketed[EXTREME]
-    assert row["status"] == "rejected: 101x25 is longer than 4:1"
+    assert row["status"] == "rejected: longer than 4:1 (101x25)"
     assert (row["moments_32"], row["bucket_h_32"]) == (b"", 0)
     assert row["text_status"] == "ok"
-    assert row["num_tokens"] > 0
+    assert row["num_tokens"][0] > 0
     assert {row["status"] for row in bucketed[:EXTREME]} == {"ok"}
 
 
@@ -236,7 +251,7 @@ def test_a_picture_in_a_bucket_is_encoded_as_alone(
     shaped_rows: list[dict[str, Any]], bucketed: list[dict[str, Any]]
 ) -> None:
     for i in (1, 6):  # one bucket, one batch; their captions are not
-        (alone,) = encode(BUCKETED, pa.Table.from_pylist(shaped_rows[i : i + 1]))
+        (alone,) = encode(BUCKETED, shaped_rows[i : i + 1])
         for name in ("moments_32", "moments_40"):
             ours, theirs = (np.frombuffer(row[name], np.float16) for row in (alone, bucketed[i]))
             np.testing.assert_allclose(ours, theirs, atol=0.01)
@@ -249,11 +264,11 @@ def test_the_crop_follows_from_the_sizes_a_table_keeps(height: int, width: int) 
     """What the encoder saw can be said later, from the row alone."""
     bucket = Size(24, 40)
     crop = cover(height, width, bucket)
-    seen = (fit(gradient(height, width), bucket) + 1) / 2
+    seen = torch.tensor(fit(gradient(height, width), bucket)) / 255
     corner = torch.tensor([crop.top / crop.height, crop.left / crop.width])
     other = corner + torch.tensor([24 / crop.height, 40 / crop.width])
-    torch.testing.assert_close(seen[:2, 0, 0], corner, atol=0.06, rtol=0)
-    torch.testing.assert_close(seen[:2, -1, -1], other, atol=0.06, rtol=0)
+    torch.testing.assert_close(seen[0, 0, :2], corner, atol=0.06, rtol=0)
+    torch.testing.assert_close(seen[-1, -1, :2], other, atol=0.06, rtol=0)
 
 
 def test_a_resolution_off_the_grid_is_refused_before_anything_is_encoded() -> None:
@@ -274,14 +289,43 @@ def recipe_with(settings: EncodeSettings) -> Recipe:
 
 def test_options_that_are_off_leave_old_tables_valid(tmp_path: Path) -> None:
     """A table's folder is named by the digest of its settings: one more key orphans it."""
-    table = write_table(tmp_path / "images", "images/1", [[]])
-    text, latents = plan(recipe_with(EncodeSettings(resolutions=(32,))), tmp_path, table, table)
-    assert text.settings == {"text_encoder": "builtin:t5-tiny", "max_tokens": 48}
-    assert latents[32].settings == {"autoencoder": "builtin:digits", "resolution": 32}
+    root = open_folder(tmp_path)
+    schemas = {"images": "images/2", "selection": "selection/1", "captions": "captions/2"}
+    tables = {name: write_table(root / name, schema, [[]]) for name, schema in schemas.items()}
+    text, latents = plan(recipe_with(EncodeSettings(resolutions=(32,))), root, tables)
+    assert text.settings == {
+        "text_encoder": "builtin:t5-tiny", "max_tokens": 48, "revision": "1",
+    }  # fmt: skip
+    assert latents[32].settings == {
+        "autoencoder": "builtin:digits", "resolution": 32, "revision": "1",
+    }  # fmt: skip
     wide = EncodeSettings(resolutions=(32,), aspect_buckets=True)
-    same_text, wide_latents = plan(recipe_with(wide), tmp_path, table, table)
+    same_text, wide_latents = plan(recipe_with(wide), root, tables)
     assert same_text.folder == text.folder
     assert wide_latents[32].folder != latents[32].folder
+
+
+def test_a_row_has_features_for_each_caption_it_has(rows: list[dict[str, Any]]) -> None:
+    both = rows[2] | {"captions": ["a red three", "", "three"]}
+    (row,) = encode(SETTINGS, [both])
+    alone = [encode(SETTINGS, [rows[2] | {"captions": [c]}])[0] for c in ("a red three", "three")]
+    assert row["num_tokens"] == [alone[0]["num_tokens"][0], 0, alone[1]["num_tokens"][0]]
+    ours = unpack_features(row["features"], 64).float()
+    theirs = unpack_features(alone[0]["features"] + alone[1]["features"], 64).float()
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+
+
+def test_a_picture_that_changed_at_its_source_is_rejected(
+    rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    place = tmp_path / "a.png"
+    place.write_bytes(rows[0]["bytes"])
+    away = rows[0] | {"bytes": b"", "uri": str(place)}
+    assert encode(SETTINGS, [away])[0]["status"] == "ok"
+    place.write_bytes(rows[2]["bytes"])
+    assert encode(SETTINGS, [away])[0]["status"].startswith("rejected: changed at its source")
+    place.unlink()
+    assert encode(SETTINGS, [away])[0]["status"].startswith("rejected: gone from its source")
 
 
 def test_8_bit_without_a_t5_is_refused() -> None:
@@ -293,19 +337,20 @@ def write_tables(
     root: Path, shaped_rows: list[dict[str, Any]], bucketed: list[dict[str, Any]]
 ) -> dict[str, tuple[Table, list[str]]]:
     """The three tables a stage reads, as the job's sinks write them."""
-    images = write_table(root / "images", "images/1", [[{"id": r["id"]} for r in shaped_rows]])
+    place = open_folder(root)
+    images = write_table(place / "images", "images/2", [[{"id": row["id"]} for row in shaped_rows]])
     encoded = pa.Table.from_pylist(bucketed)
     same = {name: name for name in ("id", "status", "width", "height")}
     columns = same | {name: f"{name}_32" for name in ("moments", "bucket_h", "bucket_w")}
-    latents = TableWriter(root / "latents", "latents/1", {}, {})
+    latents = TableWriter.under(place, "latents", "latents/1", {}, {"images": images})
     Sink(latents, columns).write(0, encoded)
-    text = TableWriter(root / "text", "text/1", {}, {})
-    names = ("id", "features", "num_tokens")
-    Sink(text, {name: name for name in names} | {"status": "text_status"}).write(0, encoded)
+    text = TableWriter.under(place, "text", "text/2", {}, {"images": images})
+    names = {name: name for name in ("id", "features", "num_tokens")}
+    Sink(text, names | {"status": "text_status"}).write(0, encoded)
     return {
         "images": (images, ["label"]),
-        "text": (text.commit(1), ["features"]),
-        "latents": (latents.commit(1), ["moments", "bucket_h", "bucket_w"]),
+        "text": (text.commit(), ["features", "num_tokens"]),
+        "latents": (latents.commit(), ["moments", "bucket_h", "bucket_w"]),
     }
 
 
@@ -332,9 +377,10 @@ def test_a_stage_learns_from_batches_of_one_bucket(
     seen = set()
     for n in range(len(expected)):
         bucket, samples = order.batch(n)
-        batch = task.decode(index.fetch(bucket, samples))
+        draws = SampleDraws(0, [2 * n, 2 * n + 1])
+        batch = task.decode(index.fetch(bucket, samples), draws)
         assert batch.moments.shape == (2, 16, *bucket)
-        loss = task.loss(network, batch, SampleDraws(0, [2 * n, 2 * n + 1]))
+        loss = task.loss(network, batch, draws)
         torch.autograd.backward(loss)
         seen.add(bucket)
     assert seen == set(expected)

@@ -20,6 +20,7 @@ from pixart_models.config import get_preset
 from pixart_models.snapshot import SnapshotConfig
 from pixart_platform.accounting import Cost
 from pixart_platform.registry import Version
+from pixart_platform.tables import find_rejects
 
 ATTACK = "<script>alert('x')</script>"
 
@@ -36,11 +37,16 @@ def make_result(root: Path) -> Result:
         {"bytes": make_png(), "raw_caption": ATTACK},
         {"bytes": b"", "status": "rejected: empty file", "source": ATTACK},
     ]
-    captions: list[Row] = [{"caption": f"a caption {ATTACK}"}, images[1] | {"caption": ""}]
+    for i, row in enumerate(images):
+        row |= {"id": f"{i:064x}", "uri": "", "width": 20, "height": 12}
+    captions: list[Row] = [
+        {"id": images[0]["id"], "captions": [f"a caption {ATTACK}"]},
+        {"id": images[1]["id"], "status": images[1]["status"], "captions": []},
+    ]
     tables = {
-        "images": write_table(root / "images", "images/1", [images]),
-        "captions": write_table(root / "captions", "captions/1", [captions]),
-        "text": write_table(root / "text", "text/1", [[]]),
+        "images": write_table(root / "images", "images/2", [images]),
+        "captions": write_table(root / "captions", "captions/2", [captions]),
+        "text": write_table(root / "text", "text/2", [[]]),
         "latents": write_table(root / "latents", "latents/1", [[]]),
     }
     recipe = read_recipe("digits")
@@ -55,7 +61,7 @@ def make_result(root: Path) -> Result:
     return Result(
         recipe, tables, 0.96, [StageResult(plan, version, [(640, 2.0), (1280, 1.0)])],
         Evaluation(metrics, ("a red three",), root / "sheet.png"), Cost(100.0, 0.01, 0.004, 1.5),
-        "sqlite://", list(tables["images"].rejects()),
+        "sqlite://", list(find_rejects(tables["images"], tables["images"])), 1,
     )  # fmt: skip
 
 
@@ -118,7 +124,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path: Path, result: Result) -> Non
     picture.write_bytes(make_png())
     page = write(tmp_path, result, image=picture, baseline=result)
     assert len(page.references) == 4, "served picture, caption's image, preview, sheet"
-    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert all(reference.startswith("data:image/") for reference in page.references)
     assert not {"script", "link", "iframe"} & set(page.tags)
 
 

@@ -1,24 +1,103 @@
-"""Sources: the same items in the same partitions, wherever they are read."""
+"""Sources: the same items in the same partitions, wherever they are read, and none lost."""
 
+import io
+import json
 import os
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders import repeatable
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pixart_jobs.listing import WHOLE
 from pixart_jobs.recipe import DataSettings
-from pixart_jobs.sources import DigitScenes, ImageFolder, open_source
+from pixart_jobs.sources import Blob, DigitScenes, RawItem, Source, fetch, open_source, plan_reads
 from pixart_platform.errors import StorageError
+from pixart_platform.storage import FileAbsent, Folder, LocalFolder
+
+Files = Mapping[str, bytes | str]
 
 
-def fill(folder: Path, *names: str) -> Path:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(f"bytes of {name}".encode())
-    return folder
+def as_bytes(content: bytes | str) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
+def fill(place: Path | Folder, files: Files) -> None:
+    folder = LocalFolder(place) if isinstance(place, Path) else place
+    for name, content in files.items():
+        folder.write(name, as_bytes(content))
+
+
+def make_tar(files: Files, *, format: int = tarfile.PAX_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(as_bytes(content))
+            archive.addfile(member, io.BytesIO(as_bytes(content)))
+    return buffer.getvalue()
+
+
+def make_parquet(columns: Mapping[str, Any], *, group_rows: int = 3) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns)), sink, row_group_size=group_rows)
+    return bytes(sink.getvalue())
+
+
+def forbid(path: Path) -> None:
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root may read everything")
+
+
+class Place:
+    """Somewhere to put a source and its listing: local or S3, to the tests alike."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.keep = folder / "source", folder / "tables"
+
+    def open(self, kind: str, only: str = "", rows: int = 2) -> Source:
+        uri = f"{self.folder.uri}/{only}".rstrip("/")
+        return open_source(DataSettings(source=f"{kind}:{uri}", partition_rows=rows), 0, self.keep)
+
+    def read(self, kind: str, only: str = "", rows: int = 2) -> list[RawItem]:
+        source = self.open(kind, only, rows)
+        return [item for k in range(source.num_partitions) for item in source.read(k)]
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "local":
+        return Place(LocalFolder(tmp_path))
+    return Place(request.getfixturevalue("bucket"))
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Place:
+    return Place(LocalFolder(tmp_path))
+
+
+def by_source(items: list[RawItem]) -> dict[str, RawItem]:
+    assert len({item.source for item in items}) == len(items)
+    return {item.source: item for item in items}
+
+
+def captions_of(items: list[RawItem]) -> dict[str, str]:
+    assert not any(item.problem for item in items)
+    return {item.source: item.raw_caption for item in items}
+
+
+def problems_of(items: list[RawItem]) -> dict[str, str]:
+    return {item.source: item.problem for item in items}
+
+
+# Scenes
 
 
 @repeatable
@@ -31,6 +110,7 @@ def test_partitions_hold_every_scene_once_in_order(num_scenes: int, rows: int) -
     ]
     assert all(len(part) == rows for part in partitions[:-1])
     assert partitions[-1]
+    assert len(set(source.parts())) == source.num_partitions
 
 
 def test_a_scene_does_not_depend_on_its_partition() -> None:
@@ -45,105 +125,657 @@ def test_scenes_carry_caption_label_and_truth() -> None:
     assert {item.label is None for item in items} == {True, False}
 
 
-def test_images_are_found_at_any_depth_sorted_by_path(tmp_path: Path) -> None:
-    fill(tmp_path, "b.png", "a/z.JPG", "a/deep/er/m.webp", "c.jpeg", "notes.txt", "d.svg", "e")
-    source = ImageFolder.scan(tmp_path, partition_rows=2)
-    names = [item.source for k in range(source.num_partitions) for item in source.read(k)]
-    assert names == ["a/deep/er/m.webp", "a/z.JPG", "b.png", "c.jpeg"]
-    assert [len(source.read(k)) for k in range(source.num_partitions)] == [2, 2]
-    assert source.read(1)[0].data == b"bytes of b.png"
+def test_more_scenes_leave_full_partitions_alone() -> None:
+    few, many = DigitScenes(10, 4, seed=1).parts(), DigitScenes(12, 4, seed=1).parts()
+    assert [a == b for a, b in zip(few, many, strict=True)] == [True, True, False]
+    assert not set(many) & set(DigitScenes(12, 4, seed=2).parts())
 
 
-def test_a_text_file_is_the_caption_else_the_words_of_the_name(tmp_path: Path) -> None:
-    fill(tmp_path, "A_red-fox (2).png", "deep/b.png", "caf\u00e9.png", "___.png")
-    (tmp_path / "deep" / "b.txt").write_text("  a caption\u2615 with\nlines \n", encoding="utf-8")
-    captions = {i.source: i.raw_caption for i in ImageFolder.scan(tmp_path, 9).read(0)}
-    assert captions == {
+def test_a_recipe_names_its_source(tmp_path: Path) -> None:
+    settings = DataSettings(source="digits", num_scenes=10, partition_rows=4)
+    scenes = open_source(settings, 2, LocalFolder(tmp_path))
+    assert scenes == DigitScenes(10, 4, 2)
+    assert scenes.num_partitions == 3
+
+
+# Folders of images
+
+
+def test_images_are_found_at_any_depth_sorted_by_path(place: Place) -> None:
+    names = ["b.png", "a/z.JPG", "a/deep/er/m.webp", "c.jpeg", "_DSC1.jpg"]
+    others = ["notes.txt", "d.svg", "e", ".h.png", ".git/i.png", "a/__MACOSX/j.png", "a/._z.JPG"]
+    fill(place.folder, {name: f"bytes of {name}" for name in names + others})
+    source = place.open("folder")
+    found = [[item.source for item in source.read(k)] for k in range(source.num_partitions)]
+    assert found == [["_DSC1.jpg", "a/deep/er/m.webp"], ["a/z.JPG", "b.png"], ["c.jpeg"]]
+    assert source.read(1)[0].data == b"bytes of a/z.JPG"
+    assert [fetch(item.uri) for item in source.read(0)] == [i.data for i in source.read(0)]
+
+
+def test_a_caption_is_beside_the_image_in_the_metadata_or_its_name(place: Place) -> None:
+    lines = [
+        {"file_name": "deep/meta.png", "text": "from the metadata"},
+        {"file_name": "both.png", "text": "not this"},
+        {"file_name": "absent.png", "text": "of nothing"},
+    ]
+    files = {
+        "A_red-fox (2).png": "", "deep/b.png": "", "caf\u00e9.png": "", "___.png": "",
+        "deep/b.txt": "  a caption\u2615 with\nlines \n",
+        "both.png": "", "both.txt": "text first", "both.json": '{"caption": "not this"}',
+        "j.png": "", "j.JSON": '{"width": 3, "prompt": " a prompt "}',
+        "list.png": "", "list.json": '{"caption": ["one", "two"]}',
+        "null.png": "", "null.json": '{"caption": null}',
+        "mark.png": "", "mark.txt": b"\xef\xbb\xbfa fox",
+        "empty.png": "", "empty.txt": "",
+        "v1.0.png": "", "v1.0.txt": "a version", "v1.0-b.png": "",
+        "deep/meta.png": "", "metadata.jsonl": "\n".join(map(json.dumps, lines)) + "\n\n",
+    }  # fmt: skip
+    fill(place.folder, files)
+    assert captions_of(place.read("folder")) == {
         "A_red-fox (2).png": "A red fox 2",
-        "deep/b.png": "a caption\u2615 with\nlines",
-        "caf\u00e9.png": "caf\u00e9",
         "___.png": "",
+        "both.png": "text first",
+        "caf\u00e9.png": "caf\u00e9",
+        "deep/b.png": "a caption\u2615 with\nlines",
+        "deep/meta.png": "from the metadata",
+        "empty.png": "",
+        "j.png": "a prompt",
+        "list.png": "one",
+        "mark.png": "a fox",
+        "null.png": "",
+        "v1.0-b.png": "v1 0 b",
+        "v1.0.png": "a version",
     }
 
 
-def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
-    fill(tmp_path, "a.png")
-    (tmp_path / "a.txt").write_text("a fox", encoding="utf-8-sig")
-    assert ImageFolder.scan(tmp_path, 9).read(0)[0].raw_caption == "a fox"
+BAD_CAPTIONS: dict[str, tuple[bytes, str]] = {
+    "latin.txt": ("caf\u00e9".encode("latin-1"), "'utf-8' codec"),
+    "utf16.txt": ("a fox".encode("utf-16"), "'utf-8' codec"),
+    "cut.txt": ("\u2615".encode()[:2], "'utf-8' codec"),
+    "empty.json": (b"", "Expecting value"),
+    "cut.json": (b'{"caption": "a fo', "Unterminated string"),
+    "latin.json": ('{"caption": "caf\u00e9"}'.encode("latin-1"), "'utf-8' codec"),
+    "list.json": (b'["a fox"]', "not a JSON object"),
+    "text.json": (b'"a fox"', "not a JSON object"),
+    "keyless.json": (b'{"words": "a fox"}', "none of caption, text, prompt, description in it"),
+    "number.json": (b'{"caption": 3}', "its caption is not text but 3"),
+    "nested.json": (b'{"caption": {"en": "a fox"}}', "its caption is not text but {'en'"),
+    "numbers.json": (b'{"caption": [1, 2]}', "its caption is not text but 1"),
+    "surrogate.json": (b'{"caption": "\\ud800"}', "'utf-8' codec"),
+    "deep.json": (b"[" * 100_000, "recursion"),
+    "digits.json": (b'{"caption": "x", "n": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+    "two.json": (b'{"caption": "a"} {"caption": "b"}', "Extra data"),
+}
 
 
-def test_a_caption_that_is_not_utf_8_is_a_problem_of_its_row(tmp_path: Path) -> None:
-    fill(tmp_path, "a.png", "b.png")
-    (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    bad, good = ImageFolder.scan(tmp_path, 9).read(0)
-    assert "unreadable caption a.txt ('utf-8' codec" in bad.problem
-    assert not good.problem
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_bad_caption_is_a_problem_of_its_row_alone(local: Place, kind: str) -> None:
+    files: dict[str, bytes] = {"good.png": b"x", "good.txt": b"a fox"}
+    for name, (content, _) in BAD_CAPTIONS.items():
+        files |= {name.replace(".", "_") + ".png": b"x"}
+        files |= {f"{name.replace('.', '_')}.{name.rpartition('.')[2]}": content}
+    fill(local.folder, files if kind == "folder" else {"x.tar": make_tar(files)})
+    items = {item.source.removeprefix("x.tar/"): item for item in local.read(kind, rows=9)}
+    assert len(items) == len(BAD_CAPTIONS) + 1
+    assert (items["good.png"].raw_caption, items["good.png"].problem) == ("a fox", "")
+    for name, (_, reason) in BAD_CAPTIONS.items():
+        item = items[name.replace(".", "_") + ".png"]
+        beside = f"{name.replace('.', '_')}.{name.rpartition('.')[2]}"
+        assert item.problem.startswith(f"unreadable caption {beside} (")
+        assert reason in item.problem
+        assert (item.data, item.raw_caption) == (b"x", "")
 
 
-def test_a_file_that_cannot_be_read_is_a_problem_of_its_row(tmp_path: Path) -> None:
-    fill(tmp_path, "a.png")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "gone.png").symlink_to("nowhere")
-    source = ImageFolder.scan(tmp_path, 9)
-    problems = {item.source: item.problem for item in source.read(0)}
-    assert problems == {
-        "a.png": "",
-        "folder.png": "unreadable file (Is a directory)",
-        "gone.png": "unreadable file (No such file or directory)",
+def test_a_bad_caption_in_the_metadata_is_a_problem_of_its_row(local: Place) -> None:
+    lines = ['{"file_name": "a.png", "text": 3}', '{"file_name": "b.png", "text": "b"}']
+    fill(local.folder, {"a.png": "", "b.png": "", "metadata.jsonl": "\n".join(lines)})
+    assert problems_of(local.read("folder")) == {
+        "a.png": "unreadable caption metadata.jsonl (its caption is not text but 3)",
+        "b.png": "",
     }
-    assert source.fingerprint()
 
 
-def test_a_file_name_that_is_not_utf_8_is_shown_escaped(tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
-    source = ImageFolder.scan(tmp_path, 9)
-    (item,) = source.read(0)
-    assert (item.source, item.data, item.problem) == ("caf\\xe9.png", b"x", "")
-    item.raw_caption.encode()
-    assert source.fingerprint()
+@pytest.mark.parametrize("line", ["{", '{"text": "a"}', "[1]", "3", "[" * 100_000, b"\xff\xff"])
+def test_metadata_that_names_no_file_is_refused_by_line(local: Place, line: bytes | str) -> None:
+    good = b'{"file_name": "a.png", "text": "a"}\n'
+    fill(local.folder, {"a.png": "", "metadata.jsonl": good + as_bytes(line) + b"\n" + good})
+    with pytest.raises(StorageError, match=r"data.source = folder:.*: line 2 of metadata.jsonl is"):
+        local.open("folder")
 
 
-def test_no_such_folder_is_refused_by_name(tmp_path: Path) -> None:
-    fill(tmp_path, "file.png")
-    for name in ("nowhere", "file.png"):
-        with pytest.raises(StorageError, match=f"data.source = folder:.*{name}: no such folder"):
-            open_source(DataSettings(source=f"folder:{tmp_path / name}"), seed=0)
+def test_a_growing_metadata_file_changes_only_its_new_lines_parts(local: Place) -> None:
+    line = '{"file_name": "%s.png", "text": "%s"}\n'
+    fill(local.folder, {f"{name}.png": name for name in "abcd"})
+    fill(local.folder, {"metadata.jsonl": "".join(line % (n, n) for n in "abc")})
+    first, opened = local.open("folder").parts(), local.open("folder")
+    fill(local.folder, {"metadata.jsonl": "".join(line % (n, n * 2) for n in "dabc")})
+    assert {i.problem for i in opened.read(0)} == {
+        "unreadable caption metadata.jsonl (changed since it was listed; run again)"
+    }
+    fill(local.folder, {"metadata.jsonl": "".join(line % (n, n) for n in "dabc")})
+    assert [a == b for a, b in zip(first, local.open("folder").parts(), strict=True)] == [
+        True, False,
+    ]  # fmt: skip
+    assert captions_of(local.read("folder")) == {f"{name}.png": name for name in "abcd"}
 
 
-def test_a_folder_without_images_says_which_it_looks_for(tmp_path: Path) -> None:
-    fill(tmp_path, "notes.txt")
-    with pytest.raises(StorageError, match=r"no image files in it \(.bmp, .gif, .jpeg"):
-        open_source(DataSettings(source=f"folder:{tmp_path}"), seed=0)
+def test_a_file_that_cannot_be_read_is_a_problem_of_its_row(place: Place) -> None:
+    fill(place.folder, {"a.png": "a", "b.png": "b", "c.png": "c", "c.txt": "words"})
+    source = place.open("folder", rows=9)
+    place.folder.delete("b.png")
+    place.folder.delete("c.txt")
+    a, b, c = source.read(0)
+    assert (a.data, a.problem) == (b"a", "")
+    assert b.problem.startswith("unreadable file (")
+    assert c.problem.startswith("unreadable caption c.txt (")
+    with pytest.raises(FileAbsent):
+        fetch(a.uri.replace("a.png", "b.png"))
+    assert problems_of(place.read("folder", rows=9)) == {
+        "a.png": "", "b.png": "gone from the source", "c.png": "",
+    }  # fmt: skip
 
 
-def test_the_fingerprint_changes_with_any_image_or_caption(tmp_path: Path) -> None:
-    fill(tmp_path, "a.png", "b.png", "notes.md")
+def test_a_file_without_permission_is_a_problem_of_its_row(local: Place, tmp_path: Path) -> None:
+    fill(local.folder, {"a.png": "a", "b.png": "b"})
+    forbid(tmp_path / "source" / "a.png")
+    assert problems_of(local.read("folder")) == {
+        "a.png": "unreadable file (Permission denied)", "b.png": "",
+    }  # fmt: skip
 
-    def fingerprint() -> str:
-        return ImageFolder.scan(tmp_path, 9).fingerprint()
 
-    seen = [fingerprint()]
-    assert fingerprint() == seen[0]
-    os.utime(tmp_path / "notes.md", (1, 1))
-    assert fingerprint() == seen[0]
-    (tmp_path / "a.png").write_bytes(b"longer than it was before")
-    seen.append(fingerprint())
-    os.utime(tmp_path / "b.png", (1, 1))
-    seen.append(fingerprint())
-    (tmp_path / "b.txt").write_text("a caption")
-    seen.append(fingerprint())
-    (tmp_path / "b.txt").write_text("another caption")
-    seen.append(fingerprint())
-    (tmp_path / "a.png").rename(tmp_path / "c.png")
-    seen.append(fingerprint())
+def test_a_huge_file_is_not_read(local: Place, tmp_path: Path) -> None:
+    fill(local.folder, {"a.png": "a", "b.png": "b", "b.txt": ""})
+    for name in ("a.png", "b.txt"):
+        os.truncate(tmp_path / "source" / name, 1 << 40)
+    a, b = local.read("folder")
+    assert a.problem == "unreadable file (1099511627776 bytes are over 268435456)"
+    assert b.problem == "unreadable caption b.txt (1099511627776 bytes are over 268435456)"
+
+
+def test_a_store_that_cannot_be_reached_is_an_error_and_no_problem(
+    bucket: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chaos_s3 import endpoint
+
+    from pixart_platform import object_store
+
+    monkeypatch.setattr(object_store, "_ATTEMPTS", 1)
+    place = Place(bucket)
+    fill(place.folder, {"a.png": "a"})
+    source, listed = place.open("folder"), place.open("folder").read(0)
+    with endpoint("http://127.0.0.1:9"):
+        with pytest.raises(StorageError):
+            source.read(0)
+        with pytest.raises(StorageError):
+            fetch(listed[0].uri)
+
+
+def test_a_file_name_that_is_not_utf_8_is_shown_escaped(local: Place, tmp_path: Path) -> None:
+    fill(local.folder, {os.fsdecode(b"caf\xe9.png"): b"x", "caf\\xe9.png": "other"})
+    (tmp_path / "source" / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"\xe9")
+    plain, odd = sorted(local.read("folder"), key=lambda item: item.problem)
+    assert (plain.source, plain.data, plain.problem) == ("caf\\xe9.png", b"other", "")
+    assert (odd.source, odd.data, odd.uri) == ("caf\\xe9.png", b"x", "")
+    assert odd.problem.startswith("unreadable caption caf\\xe9.txt (")
+    pa.table({"problem": [odd.problem]})
+
+
+@pytest.mark.parametrize("kind", ["folder", "classes", "tar", "parquet"])
+def test_a_source_without_images_says_what_it_looks_for(place: Place, kind: str) -> None:
+    fill(place.folder, {"notes.txt": "x"})
+    sought = f".{kind}" if kind in ("tar", "parquet") else ".bmp, .gif"
+    for only in ("", "nowhere", "notes.txt"):
+        with pytest.raises(
+            StorageError, match=rf"data.source = {kind}:.*: no such place.*{sought}"
+        ):
+            place.open(kind, only)
+
+
+def test_a_source_that_seems_emptied_is_refused_and_its_listing_kept(local: Place) -> None:
+    fill(local.folder, {"a.png": "a"})
+    before = local.open("folder")
+    local.folder.delete("a.png")
+    with pytest.raises(StorageError, match="no such place, or no images"):
+        local.open("folder")
+    fill(local.folder, {"b.png": "b"})
+    assert local.open("folder").parts()[0] != before.parts()[0]
+
+
+def test_a_path_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, {"pictures/a.png": "a"})
+    monkeypatch.chdir(tmp_path)
+    settings = DataSettings(source="folder:pictures")
+    (item,) = open_source(settings, 0, LocalFolder(tmp_path / "kept")).read(0)
+    monkeypatch.chdir("/")
+    assert fetch(item.uri) == b"a"
+
+
+def test_the_fingerprint_changes_with_any_image_or_caption(local: Place, tmp_path: Path) -> None:
+    fill(local.folder, {"a.png": "a", "b.png": "b", "notes.md": ""})
+    root = tmp_path / "source"
+    seen = [local.open("folder").fingerprint()]
+    os.utime(root / "notes.md", (1, 1))
+    assert local.open("folder").fingerprint() == seen[0]
+    (root / "a.png").write_bytes(b"longer than it was before")
+    seen.append(local.open("folder").fingerprint())
+    os.utime(root / "b.png", (1, 1))
+    seen.append(local.open("folder").fingerprint())
+    (root / "b.txt").write_text("a caption")
+    seen.append(local.open("folder").fingerprint())
+    (root / "b.txt").write_text("another caption")
+    seen.append(local.open("folder").fingerprint())
+    (root / "a.png").rename(root / "c.png")
+    seen.append(local.open("folder").fingerprint())
     assert len(set(seen)) == 6
 
 
-def test_a_recipe_names_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path / "pictures", "a.png")
-    monkeypatch.chdir(tmp_path)
-    opened = open_source(DataSettings(source="folder:pictures", partition_rows=3), seed=0)
-    assert opened == ImageFolder(("a.png",), str(tmp_path / "pictures"), 3)
-    scenes = open_source(DataSettings(source="digits", num_scenes=10, partition_rows=4), seed=2)
-    assert scenes == DigitScenes(10, 4, 2)
-    assert scenes.num_partitions == 3
+# Folders of classes
+
+
+def test_classes_are_the_sorted_folders_and_captions_their_words(place: Place) -> None:
+    names = ["golden_retriever/1.png", "golden-x/deep/2.png", "a b/3.png", ".git/4.png", "5.png"]
+    fill(place.folder, dict.fromkeys(names, ""))
+    items = by_source(place.read("classes"))
+    assert {name: (item.label, item.raw_caption) for name, item in items.items()} == {
+        "a b/3.png": (0, "a b"),
+        "golden-x/deep/2.png": (1, "golden x"),
+        "golden_retriever/1.png": (2, "golden retriever"),
+        "5.png": (None, ""),
+    }
+
+
+def test_classes_keep_their_labels_when_more_come_or_one_goes(place: Place) -> None:
+    fill(place.folder, {"dog/1.png": "", "fox/1.png": ""})
+    first = place.open("classes").parts()
+    fill(place.folder, {"cat/1.png": "", "bee/1.png": "", "dog/2.png": ""})
+    place.folder.delete("fox/1.png")
+    labels = {item.source: item.label for item in place.read("classes")}
+    assert labels == {
+        "dog/1.png": 0,
+        "fox/1.png": 1,
+        "bee/1.png": 2,
+        "cat/1.png": 3,
+        "dog/2.png": 0,
+    }
+    fill(place.folder, {"fox/1.png": "", "ant/1.png": ""})
+    labels |= {"ant/1.png": 4}
+    assert {item.source: item.label for item in place.read("classes")} == labels
+    assert len(first) == 1
+
+
+# Tars
+
+
+SHARD = {
+    "./a/0001.jpg": "one", "./a/0001.txt": " a fox ", "./a/0001.cls": " 7\n",
+    "./a/0002.left.png": "left", "./a/0002.right.png": "right", "./a/0002.json": '{"text": "two"}',
+    "./a/0002.cls": "-1", "a/notes.md": "", "a/._0001.jpg": "", "a/0003.webp": "",
+}  # fmt: skip
+
+
+def test_members_of_a_tar_are_grouped_by_key(place: Place) -> None:
+    fill(place.folder, {"b.tar": make_tar(SHARD), "deep/a.TAR": make_tar({"sa_1.jpg": "sa"})})
+    fill(place.folder, {"_old.tar": make_tar(SHARD), "index.json": "{}"})
+    items = by_source(place.read("tar"))
+    assert {name: (i.data, i.raw_caption, i.label) for name, i in items.items()} == {
+        "b.tar/a/0001.jpg": (b"one", "a fox", 7),
+        "b.tar/a/0002.left.png": (b"left", "two", -1),
+        "b.tar/a/0002.right.png": (b"right", "two", -1),
+        "b.tar/a/0003.webp": (b"", "", None),
+        "deep/a.TAR/sa_1.jpg": (b"sa", "", None),
+    }
+    assert not any(item.problem for item in items.values())
+    for item in items.values():
+        assert "#offset=" in item.uri
+        assert fetch(item.uri) == item.data
+
+
+def test_masks_of_segment_anything_are_no_caption(local: Place) -> None:
+    masks = json.dumps({"image": {"image_id": 1, "width": 3}, "annotations": [{"area": 2}]})
+    shard = {"./sa_1.jpg": "1", "./sa_1.json": masks, "./sa_2.json": "{}", "./sa_2.jpg": "2"}
+    fill(local.folder, {"sa_000000.tar": make_tar(shard)})
+    one, two = local.read("tar")
+    assert (one.raw_caption, one.problem) == ("", "")
+    assert two.problem.startswith("unreadable caption sa_2.json (none of caption, text")
+
+
+def test_one_tar_is_a_source_too(place: Place) -> None:
+    fill(place.folder, {"a.tar": make_tar(SHARD), "b.tar": make_tar({"x.png": "x"})})
+    assert [item.source for item in place.read("tar", "b.tar")] == ["b.tar/x.png"]
+    assert len(place.read("tar")) == 5
+
+
+UNSAFE = ["../up.png", "/etc/abs.png", "a/../../b.png", "..", "..\\win.png", "a/.."]
+
+
+def test_members_that_lead_out_of_their_tar_are_rejected_rows(local: Place) -> None:
+    names = [*UNSAFE[:3], UNSAFE[4], "a..b/ok.png", "ok..png"]
+    fill(local.folder, {"x.tar": make_tar(dict.fromkeys(names, "x"))})
+    items = by_source(local.read("tar"))
+    assert set(items) == {f"x.tar/{name}" for name in names}
+    for name in (*UNSAFE[:3], UNSAFE[4]):
+        item = items[f"x.tar/{name}"]
+        assert (item.problem, item.data, item.uri) == ("unsafe name in a tar", b"", "")
+    assert items["x.tar/a..b/ok.png"].data == items["x.tar/ok..png"].data == b"x"
+
+
+def test_links_and_devices_in_a_tar_are_rejected_rows(local: Place) -> None:
+    buffer = io.BytesIO()
+    kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("real.png"))
+        for k, kind in enumerate(kinds):
+            member = tarfile.TarInfo(f"{k}.png")
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+        link = tarfile.TarInfo("c.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "real.txt"
+        archive.addfile(link)
+        archive.addfile(tarfile.TarInfo("c.png"))
+    fill(local.folder, {"x.tar": buffer.getvalue()})
+    reason = "not a plain file in a tar (a link, a device or sparse)"
+    assert problems_of(local.read("tar")) == {
+        "x.tar/real.png": "", "x.tar/c.png": reason, **{f"x.tar/{k}.png": reason for k in range(4)},
+    }  # fmt: skip
+
+
+def test_long_and_odd_names_in_either_format_are_kept(local: Place) -> None:
+    names = ["d" * 150 + "/" + "n" * 120 + ".png", "caf\u00e9 \u2615.png"]
+    for k, kind in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        fill(local.folder, {f"{k}.tar": make_tar({name: name for name in names}, format=kind)})
+    fill(
+        local.folder,
+        {"2.tar": make_tar({os.fsdecode(b"\xe9.png"): "x"}, format=tarfile.GNU_FORMAT)},
+    )
+    items = by_source(local.read("tar"))
+    assert set(items) == {f"{k}.tar/{name}" for k in (0, 1) for name in names} | {"2.tar/\\xe9.png"}
+    assert all(items[f"1.tar/{name}"].data == name.encode() for name in names)
+
+
+def test_a_name_twice_in_a_tar_is_two_rows_with_a_caption_each(local: Place) -> None:
+    first = make_tar({"a.png": "old", "a.txt": "old words"})
+    buffer = io.BytesIO(first)
+    with tarfile.open(fileobj=buffer, mode="a") as archive:
+        for name, content in (("a.png", b"new"), ("a.txt", b"new words")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    fill(local.folder, {"x.tar": buffer.getvalue()})
+    assert captions_of(local.read("tar")) == {
+        "x.tar/a.png": "old words", "x.tar#2/a.png": "new words",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("label", ["", "cat", "1.5", "99999999999", "\u0661"])
+def test_a_label_that_is_no_number_is_a_problem_of_its_row(local: Place, label: str) -> None:
+    fill(local.folder, {"x.tar": make_tar({"a.png": "x", "a.cls": label})})
+    (item,) = local.read("tar")
+    assert item.problem == "unreadable label a.cls (not a number)"
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.TAR.ZST", "x.tar.xz", "x.tbz2"])
+def test_compressed_tars_are_refused_with_the_way_out(local: Place, name: str) -> None:
+    fill(local.folder, {name: b"x", "sound.tar": make_tar({"a.png": "x"})})
+    for only in ("", name):
+        with pytest.raises(StorageError, match=f"{name} is compressed.*decompress it"):
+            local.open("tar", only)
+
+
+def damage(shard: bytes, name: str) -> bytes:
+    return {
+        "cut in a member": shard[: 512 * 3 + 100],
+        "cut in a header": shard[: 512 * 2 + 100],
+        "cut between": shard[: 512 * 4 - 1],
+        "header overwritten": shard[: 512 * 2] + b"\xff" * 512 + shard[512 * 3 :],
+        "size negative": shard[: 512 * 2 + 124] + b"\xff" * 12 + shard[512 * 2 + 136 :],
+        "no tar": b"<html>" + b"x" * 2000,
+        "empty": b"",
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "num_sound"),
+    [
+        ("cut in a member", "cut off", 1),
+        ("cut in a header", "damaged header at byte 1024", 1),
+        ("cut between", "cut off", 1),
+        ("header overwritten", "damaged header at byte 1024", 1),
+        ("size negative", "damaged header", 1),
+        ("no tar", "", 0),
+        ("empty", "empty file", 0),
+    ],
+)
+def test_what_comes_before_the_damage_in_a_tar_is_kept(
+    local: Place, name: str, reason: str, num_sound: int
+) -> None:
+    shard = make_tar(
+        {"a.png": "a" * 512, "b.png": "b" * 1000, "c.png": "c"}, format=tarfile.GNU_FORMAT
+    )
+    fill(local.folder, {"x.tar": damage(shard, name), "y.tar": make_tar({"d.png": "d"})})
+    items = by_source(local.read("tar"))
+    assert items.pop("y.tar/d.png").data == b"d"
+    fault = items.pop("x.tar")
+    assert fault.problem.startswith("broken tar file (")
+    assert reason in fault.problem
+    assert sum(len(item.data) == 512 for item in items.values()) == num_sound
+
+
+@settings(repeatable, max_examples=20)
+@given(st.data())
+def test_no_bytes_of_a_tar_stop_the_listing(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    shard = bytearray(make_tar({"a.png": "a", "a.txt": "b", "\u00e9" * 60 + ".png": "c"}))
+    for _ in range(data.draw(st.integers(1, 6))):
+        shard[data.draw(st.integers(0, len(shard) - 1))] = data.draw(st.integers(0, 255))
+    local = Place(LocalFolder(tmp_path_factory.mktemp("tar")))
+    fill(local.folder, {"x.tar": bytes(shard), "y.tar": make_tar({"d.png": "d"})})
+    items = local.read("tar")
+    assert items[-1].source == "y.tar/d.png"
+    pa.table({"problem": [item.problem for item in items], "source": [i.source for i in items]})
+
+
+def test_a_tar_that_was_replaced_under_the_reader_is_not_trusted(place: Place) -> None:
+    fill(place.folder, {"x.tar": make_tar({"a.png": "a"})})
+    source = place.open("tar")
+    fill(place.folder, {"x.tar": make_tar({"b.png": "other", "a.png": "a"})})
+    assert problems_of(source.read(0)) == {"x.tar/a.png": "changed since it was listed; run again"}
+    again = place.open("tar")
+    assert again.num_partitions == 2
+    assert [again.read(k)[0].data for k in range(2)] == [b"a", b"other"]
+    place.folder.delete("x.tar")
+    fill(place.folder, {"y.tar": make_tar({"c.png": "c"})})
+    assert again.read(0)[0].problem == "changed since it was listed; run again"
+    assert problems_of(place.read("tar")) == {
+        "x.tar/a.png": "gone from the source", "x.tar/b.png": "gone from the source",
+        "y.tar/c.png": "",
+    }  # fmt: skip
+
+
+def test_tars_that_have_not_changed_are_not_opened_again(local: Place, tmp_path: Path) -> None:
+    fill(local.folder, {"a.tar": make_tar({"a.png": "a"}), "b.tar": b"broken"})
+    first = local.read("tar")
+    for name in ("a.tar", "b.tar"):  # other bytes of the same size and time
+        path = tmp_path / "source" / name
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    fill(local.folder, {"c.tar": make_tar({"c.png": "c"})})
+    assert problems_of(local.read("tar")) == problems_of(first) | {"c.tar/c.png": ""}
+
+
+def test_a_tar_without_permission_is_a_row_until_it_can_be_read(
+    local: Place, tmp_path: Path
+) -> None:
+    fill(local.folder, {"a.tar": make_tar({"a.png": "a"}), "b.tar": make_tar({"b.png": "b"})})
+    forbid(tmp_path / "source" / "a.tar")
+    refused = {"a.tar": "unreadable file (Permission denied)", "b.tar/b.png": ""}
+    assert problems_of(local.read("tar")) == refused
+    (tmp_path / "source" / "a.tar").chmod(0o600)
+    assert problems_of(local.read("tar")) == {
+        "a.tar": "gone from the source", "b.tar/b.png": "", "a.tar/a.png": "",
+    }  # fmt: skip
+
+
+@repeatable
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.integers(1, 300), st.integers(0, 150)), max_size=12
+    )
+)
+def test_every_blob_is_read_once_in_few_bounded_reads(blobs: list[tuple[str, int, int]]) -> None:
+    mega = 1 << 20
+    asked, place = [Blob("whole", WHOLE, 5), Blob("whole too", WHOLE, 9)], 0
+    for file, gap, size in blobs:
+        place += gap * mega // 100
+        asked.append(Blob(file, place, size * mega))
+        place += size * mega
+    plan = list(plan_reads(asked))
+    assert sorted(blob for together in plan for blob in together) == sorted(asked)
+    for together in plan:
+        assert len({blob.file for blob in together}) == 1
+        assert WHOLE not in [blob.offset for blob in together] or len(together) == 1
+        end = together[-1].offset + together[-1].num_bytes
+        assert end - together[0].offset <= 64 * mega or len(together) == 1
+
+
+def test_neighbours_in_a_tar_are_one_read(local: Place) -> None:
+    shard = {f"{k:03d}.{end}": "x" * 1000 for k in range(50) for end in ("jpg", "txt", "md")}
+    fill(local.folder, {"x.tar": make_tar(shard)})
+    source = local.open("tar", rows=50)
+    assert len(source.read(0)) == 50
+    offsets = [int(i.uri.partition("#offset=")[2].partition("&")[0]) for i in source.read(0)]
+    assert len(list(plan_reads(Blob("x.tar", offset, 1000) for offset in offsets))) == 1
+
+
+# Parquet
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_rows_of_parquet_files_are_items(place: Place, rows: int) -> None:
+    hugging = {
+        "image": [{"bytes": b"%d" % k, "path": f"{k}.png"} for k in range(7)],
+        "text": [f"caption {k} " for k in range(7)],
+        "label": pa.array([*range(6), None], pa.int64()),
+    }
+    plain = {"jpg": [b"x", b"y"], "prompt": ["p", None]}
+    fill(place.folder, {"data/a.parquet": make_parquet(hugging), "b.PARQUET": make_parquet(plain)})
+    fill(place.folder, {"_delta_log/c.parquet": b"x", "README.md": b"x"})
+    items = place.read("parquet", rows=rows)
+    assert [(i.source, i.data, i.raw_caption, i.label) for i in items] == [
+        ("b.PARQUET:0", b"x", "p", None),
+        ("b.PARQUET:1", b"y", "", None),
+        *[
+            (f"data/a.parquet:{k}", b"%d" % k, f"caption {k}", k if k < 6 else None)
+            for k in range(7)
+        ],
+    ]
+    assert not any(item.problem or item.uri for item in items)
+    assert [i.source for i in place.read("parquet", "b.PARQUET")] == ["b.PARQUET:0", "b.PARQUET:1"]
+
+
+def test_only_the_rows_of_a_partition_come_from_large_row_groups(local: Place) -> None:
+    columns = {
+        "image": [b"%d" % k for k in range(300)],
+        "caption": [[f"{k}", "no"] for k in range(300)],
+    }
+    fill(local.folder, {"a.parquet": make_parquet(columns, group_rows=200)})
+    source = local.open("parquet", rows=70)
+    for k in range(source.num_partitions):
+        expected = range(300)[70 * k : 70 * k + 70]
+        assert [int(item.data) for item in source.read(k)] == list(expected)
+        assert [int(item.raw_caption) for item in source.read(k)] == list(expected)
+
+
+def test_bad_rows_of_parquet_are_problems_of_theirs_alone(local: Place) -> None:
+    columns = {
+        "image": [{"bytes": b"x"}, None, {"bytes": None}, {"bytes": b""}, *[{"bytes": b"x"}] * 2],
+        "caption": pa.array([b"caf\xe9", b"", b"", b"", None, b"\xef\xbb\xbfa fox"]),
+        "cls": pa.array([0, 0, 0, 0, 2**40, 0]),
+    }
+    fill(local.folder, {"a.parquet": make_parquet(columns), "b.parquet": b"PAR1 not at all"})
+    items = by_source(local.read("parquet", rows=20))
+    assert [items[f"a.parquet:{k}"].problem.partition(" (")[0] for k in range(6)] == [
+        "unreadable caption caption", *["unreadable file"] * 3, "unreadable label", "",
+    ]  # fmt: skip
+    assert items["a.parquet:1"].problem == "unreadable file (no image in its row)"
+    assert (items["a.parquet:5"].data, items["a.parquet:5"].raw_caption) == (b"x", "a fox")
+    assert items["a.parquet:4"].label is None
+    assert items["b.parquet"].problem.startswith("broken parquet file (")
+
+
+def test_text_columns_that_are_not_utf_8_are_problems_of_their_rows(local: Place) -> None:
+    text = pa.array([b"caf\xe9", b"a fox"])
+    text = pa.StringArray.from_buffers(2, text.buffers()[1], text.buffers()[2])
+    fill(local.folder, {"a.parquet": make_parquet({"png": [b"x", b"y"], "text": text})})
+    bad, good = local.read("parquet")
+    assert bad.problem.startswith("unreadable caption text ('utf-8' codec")
+    assert (good.raw_caption, good.problem) == ("a fox", "")
+
+
+def test_damaged_pages_are_problems_of_their_file(local: Place) -> None:
+    whole = bytearray(make_parquet({"image": [os.urandom(200)] * 40}))
+    whole[4:60] = b"\xff" * 56
+    fill(local.folder, {"a.parquet": bytes(whole), "b.parquet": make_parquet({"image": [b"b"]})})
+    items = local.read("parquet", rows=50)
+    assert len(items) == 41
+    assert items[0].problem.startswith("unreadable file (broken parquet file: ")
+    assert items[-1].data == b"b"
+
+
+@pytest.mark.parametrize(
+    "columns", [{"a": [1], "text": ["x"]}, {"image": ["path.png"]}, {"image": [{"path": "x"}]}]
+)
+def test_parquet_without_image_bytes_is_refused_by_its_columns(
+    local: Place, columns: dict[str, Any]
+) -> None:
+    fill(local.folder, {"a.parquet": make_parquet(columns)})
+    had = ", ".join(columns)
+    with pytest.raises(StorageError, match=rf"a.parquet has no column of image.*\(it has {had}\)"):
+        local.open("parquet")
+
+
+# Growth
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_a_source_that_grew_leaves_old_partitions_alone(place: Place, kind: str) -> None:
+    def add(k: int) -> None:
+        names = [f"{9 - k}-{i}.png" for i in range(3)]
+        packed = {
+            "folder": {name: name for name in names},
+            "tar": {f"{9 - k}.tar": make_tar({name: name for name in names})},
+            "parquet": {f"{9 - k}.parquet": make_parquet({"image": [n.encode() for n in names]})},
+        }
+        fill(place.folder, packed[kind])
+
+    add(0)
+    first = place.open(kind)
+    before = [first.read(k) for k in range(first.num_partitions)]
+    add(1)
+    second = place.open(kind)
+    assert second.parts()[:2] == first.parts()
+    assert (first.num_partitions, second.num_partitions) == (2, 4)
+    assert [second.read(k) for k in range(2)] == before
+    assert {i.data for k in (2, 3) for i in second.read(k)} == {b"8-%d.png" % i for i in range(3)}
+    assert first.fingerprint() != second.fingerprint() == place.open(kind).fingerprint()
+    assert len(list(place.keep.walk())) == 2
+
+
+@pytest.mark.parametrize(
+    "uri", ["folder:", "webdataset:/x", "/x", "", "digits:3", "s3://bucket/x", "Folder:/x"]
+)
+def test_a_source_that_is_no_kind_and_uri_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="folder, classes, tar or parquet"):
+        DataSettings(source=uri)
+
+
+@pytest.mark.parametrize("uri", ["folder:gs://bucket/x", "tar:https://host/x.tar", "folder:s3://"])
+def test_a_store_that_is_not_supported_is_refused(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(StorageError, match=r"data.source = .*(use a local path or s3|s3://bucket)"):
+        open_source(DataSettings(source=uri), 0, LocalFolder(tmp_path))
+
+
+def test_a_uri_that_is_none_is_refused() -> None:
+    with pytest.raises(StorageError, match="copy_bytes"):
+        fetch("")

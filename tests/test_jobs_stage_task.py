@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pixart_cluster.recipe import read_recipe
 from pixart_jobs.encode import pack_features
-from pixart_jobs.stage_task import LatentBatch, LatentTask
+from pixart_jobs.stage_task import LatentBatch, LatentTask, choose_captions
 from pixart_jobs.train import StageInputs, StagePlan, plan
 from pixart_models.autoencoder import sample_moments
 from pixart_models.config import ModelInputError, get_preset
@@ -68,13 +68,23 @@ def columns_of(kind: Kind, count: int) -> dict[str, list[Any]]:
     if kind == "class":
         return columns | {"images.label": [None, *range(1, count)]}
     captions = [torch.randn(i + 1, TEXT_WIDTH, generator=numbers) for i in range(count)]
-    return columns | {"text.features": [pack_features(caption) for caption in captions]}
+    return columns | {
+        "text.features": [pack_features(caption) for caption in captions],
+        "text.num_tokens": [[i + 1] for i in range(count)],
+    }
+
+
+def decode(
+    task: LatentTask, columns: dict[str, list[Any]], positions: range
+) -> tuple[LatentBatch, SampleDraws]:
+    draws = SampleDraws(SEED, list(positions))
+    return task.decode(columns, draws), draws
 
 
 def loss_of(task: LatentTask, network: nn.Module, kind: Kind, positions: range) -> Tensor:
-    rows = {name: column[positions.start % 8 :] for name, column in columns_of(kind, 8).items()}
-    batch = task.decode({name: column[: len(positions)] for name, column in rows.items()})
-    return task.loss(network, batch, SampleDraws(SEED, list(positions)))
+    first = positions.start % 8
+    rows = {n: c[first : first + len(positions)] for n, c in columns_of(kind, 8).items()}
+    return task.loss(network, *decode(task, rows, positions))
 
 
 def loss_by_hand(task: LatentTask, network: Any, batch: LatentBatch, position: int) -> Tensor:
@@ -91,7 +101,10 @@ def loss_by_hand(task: LatentTask, network: Any, batch: LatentBatch, position: i
         condition: tuple[Tensor, ...] = (torch.tensor([label]),)
     else:
         assert batch.features is not None
-        text = task.null_features if is_dropped else batch.features[position]
+        assert batch.num_tokens is not None
+        end = sum(batch.num_tokens[: position + 1])
+        text = batch.features[end - batch.num_tokens[position] : end].float()
+        text = task.null_features if is_dropped else text
         padded = torch.cat([text, torch.ones(3, TEXT_WIDTH)])[None]
         condition = (padded, torch.arange(len(text) + 3)[None] < len(text))
     if task.token_drop is None:
@@ -114,7 +127,7 @@ def test_the_loss_is_the_formula_of_each_sample_and_so_of_any_share_of_a_batch(
     with torch.inference_mode():
         together = loss_of(task, network, kind, range(8))
         halves = [loss_of(task, network, kind, half) for half in (range(4), range(4, 8))]
-        batch = task.decode(columns_of(kind, 8))
+        batch, _ = decode(task, columns_of(kind, 8), range(8))
         by_hand = [loss_by_hand(task, network, batch, i) for i in range(8)]
     torch.testing.assert_close(together, torch.cat(by_hand).mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.stack(halves).mean(), together, rtol=1e-4, atol=1e-5)
@@ -165,7 +178,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> StageInputs:
     root = tmp_path_factory.mktemp("tables")
     extra = {"width": 64, "digest": "t", "factor": 4, "channels": 8, "scale": 1.0}
     images, text, latents = (
-        write_table(root / name, f"{name}/1", [[]], extra) for name in ("images", "text", "latents")
+        write_table(root / schema, schema, [[]], extra)
+        for schema in ("images/2", "text/2", "latents/1")
     )
     return StageInputs(images, text, latents, None)
 
@@ -269,7 +283,7 @@ def test_a_size_conditioned_network_is_told_original_sizes_and_the_buckets_aspec
     config = replace(plain.snapshot.network, size_condition=True)
     task = replace(plain, snapshot=replace(plain.snapshot, network=config))
     columns = columns_of("text", 2) | {"latents.height": [500, 40], "latents.width": [700, 20]}
-    batch = task.decode(columns)
+    batch, _ = decode(task, columns, range(2))
     assert batch.sizes is not None
     assert batch.sizes.tolist() == [[500, 700, 1], [40, 20, 1]]
     network = make_network(task)
@@ -278,3 +292,76 @@ def test_a_size_conditioned_network_is_told_original_sizes_and_the_buckets_aspec
         swapped = replace(batch, sizes=batch.sizes.flip(0))
         other = task.loss(network, swapped, SampleDraws(SEED, [0, 1]))
     assert told != other
+
+
+def draw(*positions: int) -> SampleDraws:
+    return SampleDraws(SEED, list(positions))
+
+
+def test_rows_are_decoded_as_they_were_written() -> None:
+    batch, _ = decode(make_task("text"), columns_of("text", 3), range(3))
+    numbers = torch.Generator().manual_seed(3)
+    moments = torch.randn(3, 16, SIZE, SIZE, generator=numbers)
+    torch.testing.assert_close(batch.moments, moments.half().float(), rtol=0, atol=0)
+    captions = torch.cat([torch.randn(i + 1, TEXT_WIDTH, generator=numbers) for i in range(3)])
+    assert batch.features is not None
+    assert torch.equal(batch.features, captions.bfloat16())
+    assert batch.num_tokens == [1, 2, 3]
+
+
+def test_of_several_captions_the_chosen_ones_features_are_decoded() -> None:
+    tokens = [[2, 3, 1], [0, 1, 4], [0, 0, 2]]
+    columns = columns_of("text", 3) | {
+        "text.num_tokens": tokens,
+        "text.features": [
+            b"".join(pack_features(torch.full((n, TEXT_WIDTH), 1.0 + k)) for k, n in enumerate(row))
+            for row in tokens
+        ],
+    }
+    chosen = choose_captions(np.array(tokens), (1, 2, 1), draw(5, 6, 7))
+    task = make_task("text", caption_weights=(1, 2, 1))
+    batch, _ = decode(task, columns, range(5, 8))
+    assert batch.num_tokens == [row[k] for row, k in zip(tokens, chosen, strict=True)]
+    assert batch.features is not None
+    expected = np.repeat(chosen + 1, batch.num_tokens)
+    assert batch.features.tolist() == np.tile(expected[:, None], TEXT_WIDTH).tolist()
+
+
+@repeatable
+@given(st.data(), st.integers(2, 5), st.integers(1, 6))
+def test_a_row_learns_a_caption_it_has_that_weighs_something_if_one_does(
+    data: st.DataObject, num_captions: int, num_rows: int
+) -> None:
+    row = st.lists(st.integers(0, 2), min_size=num_captions, max_size=num_captions).filter(any)
+    tokens = np.array(data.draw(st.lists(row, min_size=num_rows, max_size=num_rows)))
+    weight = st.sampled_from([0.0, 0.25, 3.0])
+    weights = tuple(data.draw(st.lists(weight, min_size=num_captions, max_size=num_captions)))
+    together = choose_captions(tokens, weights, draw(*range(num_rows)))
+    for position, (counts, chosen) in enumerate(zip(tokens, together, strict=True)):
+        assert counts[chosen] > 0
+        assert weights[chosen] or not any(w for w, n in zip(weights, counts, strict=True) if n)
+        alone = choose_captions(counts[None], weights, draw(position))
+        assert alone[0] == chosen, "whoever else is in the batch"
+
+
+def test_captions_are_learned_as_often_as_they_weigh_among_those_a_row_has() -> None:
+    draws = draw(*range(1500))
+    tokens = np.tile([[4, 4, 4], [0, 4, 4], [4, 4, 0]], (500, 1))
+    chosen = choose_captions(tokens, (2, 1, 1), draws).reshape(500, 3)
+    counts = [np.bincount(column, minlength=3) / 500 for column in chosen.T]
+    np.testing.assert_allclose(
+        counts, [[0.5, 0.25, 0.25], [0, 0.5, 0.5], [2 / 3, 1 / 3, 0]], atol=0.06
+    )
+    alike = choose_captions(tokens[::3], (), draw(*range(500)))
+    np.testing.assert_allclose(np.bincount(alike) / 500, [1 / 3] * 3, atol=0.06)
+
+
+def test_with_one_caption_a_row_nothing_is_drawn() -> None:
+    draws = draw(1, 2)
+    assert choose_captions(np.array([[3], [5]]), (0.5,), draws).tolist() == [0, 0]
+    assert torch.equal(draws.uniform(), draw(1, 2).uniform())
+
+
+def test_weights_for_another_number_of_captions_are_refused() -> None:
+    with pytest.raises(ModelInputError, match=r"caption.weights = .*has 3 captions a row"):
+        choose_captions(np.array([[1, 1, 1]]), (0.5, 0.5), draw(0))

@@ -1,13 +1,14 @@
 """Manifests: what happened, proven byte by byte, and written once."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import repeatable
-from hypothesis import given
+from builders import Row, make_rows, repeatable, write_table
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixart_platform.errors import ManifestError
@@ -18,26 +19,29 @@ from pixart_platform.manifest import (
     load_manifest,
     verify_folder,
 )
+from pixart_platform.storage import Folder, LocalFolder
+from pixart_platform.tables import TableWriter
 
 CONTENTS = {"part-0": bytes(range(256)) * 3, "part-1": b"short"}
 
 
-def fill(folder: Path) -> Manifest:
+def fill(place: Path) -> Manifest:
     """A folder with two files, and the manifest it would have."""
-    folder.mkdir(exist_ok=True)
+    place.mkdir(exist_ok=True)
     for name, data in CONTENTS.items():
-        (folder / name).write_bytes(data)
+        (place / name).write_bytes(data)
     counts = ({"ok": 3, "rejected": 1}, {"ok": 2})
-    records = [FileRecord.of(folder / n, c) for n, c in zip(CONTENTS, counts, strict=True)]
-    return Manifest("images/1", {"side": [1, 2]}, {"images": "abc"}, tuple(records), {"width": 8})
+    records = [FileRecord.of(place / n, c) for n, c in zip(CONTENTS, counts, strict=True)]
+    return Manifest("images/2", {"side": [1, 2]}, {"images": "abc"}, tuple(records), {"width": 8})
 
 
-@pytest.fixture(scope="module")
-def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A committed folder; a test that damages it must mend it."""
-    folder = tmp_path_factory.mktemp("sealed")
-    fill(folder).commit_to(folder)
-    return folder
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """An empty folder."""
+    if request.param == "local":
+        return LocalFolder(tmp_path)
+    bucket: Folder = request.getfixturevalue("bucket")
+    return bucket
 
 
 def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -55,15 +59,10 @@ def test_counts_are_summed_over_files(tmp_path: Path) -> None:
     assert manifest.num_rows == 6
 
 
-def test_the_digest_does_not_say_who_wrote_it(tmp_path: Path) -> None:
-    manifest = fill(tmp_path)
-    assert replace(manifest, producer="another", commit="f00").digest == manifest.digest
-
-
 def change(manifest: Manifest, name: str) -> Manifest:
     first, *rest = manifest.files
     changed: dict[str, dict[str, Any]] = {
-        "schema": {"schema": "images/2"},
+        "schema": {"schema": "images/1"},
         "setting": {"settings": {"side": [1, 3]}},
         "input": {"inputs": {"images": "abd"}},
         "extra": {"extra": {"width": 9}},
@@ -71,6 +70,9 @@ def change(manifest: Manifest, name: str) -> Manifest:
         "file name": {"files": (replace(first, name="part-9"), *rest)},
         "row count": {"files": (replace(first, counts={"ok": 4}), *rest)},
         "file order": {"files": (*rest, first)},
+        "writer": {"producer": "another", "commit": "f00"},
+        "where a file lies": {"files": (replace(first, folder="images-1234"), *rest)},
+        "what a file is made from": {"files": (replace(first, key="abc"), *rest)},
     }
     return replace(manifest, **changed[name])
 
@@ -84,75 +86,141 @@ def test_the_digest_changes_with_the_content(tmp_path: Path, name: str) -> None:
     assert change(manifest, name).digest != manifest.digest
 
 
-@repeatable
-@given(st.data())
-def test_any_flipped_bit_is_found_and_its_file_named(sealed: Path, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(list(CONTENTS)))
-    damaged = bytearray(CONTENTS[name])
-    place = data.draw(st.integers(0, len(damaged) - 1))
-    damaged[place] ^= 1 << data.draw(st.integers(0, 7))
-    (sealed / name).write_bytes(damaged)
-    try:
-        with pytest.raises(ManifestError, match=f"{name}: its bytes are not the ones"):
-            verify_folder(sealed)
-    finally:
-        (sealed / name).write_bytes(CONTENTS[name])
-    verify_folder(sealed)
-
-
-@pytest.mark.parametrize("wrong", [b"", CONTENTS["part-0"][:-1], CONTENTS["part-0"] + b"x"])
-def test_a_file_of_another_length_is_found(sealed: Path, wrong: bytes) -> None:
-    (sealed / "part-0").write_bytes(wrong)
-    try:
-        with pytest.raises(ManifestError, match="part-0: its bytes"):
-            verify_folder(sealed)
-    finally:
-        (sealed / "part-0").write_bytes(CONTENTS["part-0"])
-
-
-def test_a_missing_file_is_found(tmp_path: Path) -> None:
-    fill(tmp_path).commit_to(tmp_path)
-    (tmp_path / "part-1").unlink()
-    with pytest.raises(ManifestError, match="part-1: missing, though the manifest lists it"):
-        verify_folder(tmp_path)
-
-
-def test_a_second_writer_with_other_content_is_refused_and_overwrites_nothing(
-    tmp_path: Path,
-) -> None:
-    first = fill(tmp_path)
-    first.commit_to(tmp_path)
-    before = (tmp_path / MANIFEST_FILE).read_bytes()
-    second = change(first, "setting")
-    with pytest.raises(ManifestError) as caught:
-        second.commit_to(tmp_path)
-    assert first.digest in str(caught.value)
-    assert second.digest in str(caught.value)
-    assert "give one of them another folder" in str(caught.value)
-    assert (tmp_path / MANIFEST_FILE).read_bytes() == before
-
-
-def test_committing_the_same_content_twice_is_no_conflict(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["writer", "where a file lies", "what a file is made from"])
+def test_the_digest_is_of_the_content_alone(tmp_path: Path, name: str) -> None:
     manifest = fill(tmp_path)
-    assert manifest.commit_to(tmp_path) == manifest.commit_to(tmp_path)
+    assert change(manifest, name).digest == manifest.digest
 
 
-def test_a_folder_without_a_manifest_is_unfinished(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"is unfinished or not ours.*run the job that writes"):
+def captions(*texts: str) -> list[Row]:
+    return [{"captions": [text]} for text in texts]
+
+
+def write_grown_table(root: Folder) -> Folder:
+    """A committed table of three partitions, of which a neighbour made and keeps the first two."""
+    settings = {"prompt": "describe", "_all": 2}
+    first = TableWriter.under(root, "captions", "captions/2", settings, {}, ["a", "b"])
+    for k, texts in enumerate([("one", "two"), ("three",)]):
+        first.write(k, make_rows("captions/2", captions(*texts)))
+    first.commit()
+    grown = TableWriter.under(
+        root, "captions", "captions/2", settings | {"_all": 3}, {}, ["a", "b", "c"]
+    )
+    assert grown.adopt() == 2
+    grown.write(2, make_rows("captions/2", captions("four")))
+    grown.commit({"width": 8})
+    return grown.folder
+
+
+def files_of(table: Folder) -> list[tuple[Folder, str]]:
+    """Every file a table consists of: its manifest, its partitions, the adopted ones."""
+    records = load_manifest(table).files
+    return [(table, MANIFEST_FILE), *((record.home(table), record.name) for record in records)]
+
+
+flips = st.sampled_from([1 << bit for bit in range(8)] + [255])
+
+
+@settings(repeatable, max_examples=24)
+@given(st.integers(0, 3), st.floats(0, 1, exclude_max=True), flips)
+def test_any_flipped_byte_of_a_table_is_found_and_its_file_named(
+    root: Folder, number: int, place: float, flip: int
+) -> None:
+    table = root / root.children()[1] if root.children() else write_grown_table(root)
+    table = table if load_manifest(table).num_rows == 4 else root / root.children()[0]
+    home, name = files_of(table)[number]
+    sound = home.read(name)
+    damaged = bytearray(sound)
+    damaged[int(place * len(sound))] ^= flip
+    home.write(name, bytes(damaged))
+    try:
+        with pytest.raises(ManifestError, match=f"{home.name}/{name}: (its bytes|unreadable)"):
+            verify_folder(table)
+    finally:
+        home.write(name, sound)
+    assert verify_folder(table).num_rows == 4
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:0], lambda d: d[:-1], lambda d: d + b"x"])
+def test_a_file_of_another_length_is_found(root: Folder, change: Callable[[bytes], bytes]) -> None:
+    table = write_table(root, "captions/2", [captions("one")])
+    name = table.manifest.files[0].name
+    root.write(name, change(root.read(name)))
+    with pytest.raises(ManifestError, match=f"{name}: its bytes are not the ones"):
+        verify_folder(root)
+
+
+def test_a_missing_file_is_found_wherever_it_lies(root: Folder) -> None:
+    table = write_grown_table(root)
+    for home, name in files_of(table)[1:]:
+        sound = home.read(name)
+        home.delete(name)
+        with pytest.raises(ManifestError, match=f"{home.name}/{name}: missing, though"):
+            verify_folder(table)
+        home.write(name, sound)
+    verify_folder(table)
+
+
+def test_swapped_files_are_found(root: Folder) -> None:
+    table = write_table(root, "captions/2", [captions("one"), captions("two")])
+    first, second = (record.name for record in table.manifest.files)
+    root.write(first, root.read(second))
+    with pytest.raises(ManifestError, match=f"{first}: its bytes are not the ones"):
+        verify_folder(root)
+
+
+def test_a_manifest_that_was_edited_by_hand_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path).commit_to(tmp_path)
+    path = tmp_path / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"ok": 2', '"ok": 3'))
+    with pytest.raises(ManifestError, match=r"manifest.json: unreadable .*checksum"):
         load_manifest(tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="nowhere does not exist"):
-        load_manifest(tmp_path / "nowhere")
+def test_a_manifest_from_before_there_were_checksums_is_read(tmp_path: Path) -> None:
+    written = fill(tmp_path).commit_to(tmp_path)
+    path = tmp_path / MANIFEST_FILE
+    raw = json.loads(path.read_text())
+    del raw["checksum"]
+    for record in raw["files"]:
+        del record["key"], record["folder"]
+    path.write_text(json.dumps(raw))
+    assert verify_folder(tmp_path) == written
+
+
+def test_a_second_writer_with_other_content_is_refused_and_overwrites_nothing(
+    root: Folder,
+) -> None:
+    first = Manifest("captions/2", {"side": [1, 2]}, {}, (FileRecord("a", 1, "00"),))
+    first.commit_to(root)
+    before = root.read(MANIFEST_FILE)
+    second = change(first, "setting")
+    with pytest.raises(ManifestError) as caught:
+        second.commit_to(root)
+    assert first.digest in str(caught.value)
+    assert second.digest in str(caught.value)
+    assert "nothing was overwritten, give one another folder" in str(caught.value)
+    assert root.read(MANIFEST_FILE) == before
+
+
+def test_committing_the_same_content_twice_is_no_conflict(root: Folder) -> None:
+    manifest = Manifest("captions/2", {}, {}, (FileRecord("a", 1, "00"),))
+    assert manifest.commit_to(root) == replace(manifest, commit="f00").commit_to(root)
+
+
+def test_a_folder_without_a_manifest_is_unfinished(root: Folder) -> None:
+    for folder in (root, root / "nowhere"):
+        with pytest.raises(ManifestError, match=r"is unfinished, not ours or not there.*run the"):
+            load_manifest(folder)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "{}", '{"files": 5}', '{"files": [{"nome": 1}]}', '{"files": []}'],
-)
+    ["", "{", "[]", "null", "{}", '{"files": 5}', '{"files": [{"nome": 1}]}', '{"files": []}',
+     '{"checksum": "x"}', "\xff"],
+)  # fmt: skip
 def test_a_malformed_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
-    (tmp_path / MANIFEST_FILE).write_text(text)
+    (tmp_path / MANIFEST_FILE).write_bytes(text.encode("latin-1"))
     with pytest.raises(ManifestError, match=r"manifest.json: unreadable .*restore it or redo"):
         load_manifest(tmp_path)
 
@@ -160,6 +228,8 @@ def test_a_malformed_manifest_is_refused_by_name(tmp_path: Path, text: str) -> N
 def test_a_manifest_from_another_release_is_refused_by_name(tmp_path: Path) -> None:
     fill(tmp_path).commit_to(tmp_path)
     path = tmp_path / MANIFEST_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red"}))
+    raw = json.loads(path.read_text()) | {"colour": "red"}
+    del raw["checksum"]
+    path.write_text(json.dumps(raw))
     with pytest.raises(ManifestError, match="colour"):
         load_manifest(tmp_path)

@@ -1,28 +1,48 @@
 """Tables: partitions written in any order by anyone, committed once, aligned row by row."""
 
+import logging
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from builders import Row, make_rows, repeatable, write_table
+from builders import Row, make_rows, make_writer, repeatable, write_and_commit, write_table
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pixart_platform.errors import ManifestError
 from pixart_platform.manifest import MANIFEST_FILE, verify_folder
-from pixart_platform.tables import SCHEMAS, Table, TableWriter, check_aligned, count_statuses
+from pixart_platform.storage import Folder, LocalFolder
+from pixart_platform.tables import (
+    SCHEMAS,
+    Table,
+    TableWriter,
+    check_aligned,
+    count_statuses,
+    find_rejects,
+)
 
 ROWS: dict[str, list[Row]] = {
-    "images/1": [
+    "images/2": [
         {
-            "source": "a.png", "bytes": bytes(range(256)), "width": 3, "height": 2,
-            "raw_caption": "caf\u00e9 \u2615", "label": 7, "quality": 0.5, "truth": "{}",
+            "source": "a.png", "uri": "s3://b/a.png", "bytes": bytes(range(256)), "width": 3,
+            "height": 2, "raw_caption": "caf\u00e9 \u2615", "label": 7, "quality": 0.5,
+            "phash": 2**64 - 1, "truth": "{}",
         },
         {"status": "rejected: empty file", "bytes": b"", "width": 0, "height": 0},
     ],
-    "captions/1": [{"caption": "a red three"}, {"status": "rejected: x", "caption": ""}],
-    "text/1": [{"features": b"\x00\xff" * 8, "num_tokens": 4}, {"features": b"", "num_tokens": 0}],
+    "selection/1": [{}, {"status": "rejected: duplicate"}],
+    "captions/2": [
+        {"captions": ["a red three", "", "raw"]}, {"status": "rejected: x", "captions": []},
+    ],
+    "text/2": [
+        {"features": b"\x00\xff" * 8, "num_tokens": [3, 0, 1]},
+        {"features": b"", "num_tokens": []},
+    ],
     "latents/1": [
         {"moments": b"\x01\x02", "bucket_h": 8, "bucket_w": 4, "width": 32, "height": 64},
         {"moments": b"", "bucket_h": 0, "bucket_w": 0, "width": 0, "height": 0},
@@ -30,91 +50,133 @@ ROWS: dict[str, list[Row]] = {
 }  # fmt: skip
 
 
-def captions(*statuses: str) -> pa.Table:
-    return make_rows("captions/1", [{"status": status, "caption": "x"} for status in statuses])
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """An empty folder."""
+    if request.param == "local":
+        return LocalFolder(tmp_path)
+    bucket: Folder = request.getfixturevalue("bucket")
+    return bucket / "runs"
+
+
+def captions(*statuses: str, text: str = "x") -> pa.Table:
+    return make_rows("captions/2", [{"status": s, "captions": [text]} for s in statuses])
+
+
+def names_of(folder: Folder) -> list[str]:
+    return [entry.name for entry in folder.walk()]
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
-def test_rows_are_read_as_they_were_written(tmp_path: Path, schema: str) -> None:
+def test_rows_are_read_as_they_were_written(root: Folder, schema: str) -> None:
     expected = make_rows(schema, ROWS[schema])
-    write_table(tmp_path, schema, [ROWS[schema], []])
-    table = Table.open(tmp_path, schema)
+    write_table(root, schema, [ROWS[schema], []])
+    table = Table.open(root.uri, schema)
     assert table.read(0).equals(expected)
     assert table.read(0).schema == SCHEMAS[schema]
     assert table.read(1).num_rows == 0
     assert table.num_partitions == 2
-    verify_folder(tmp_path)
+    verify_folder(root)
 
 
-def test_a_reader_may_ask_for_some_columns(tmp_path: Path) -> None:
-    table = write_table(tmp_path, "latents/1", [ROWS["latents/1"]])
-    assert table.read(0, ["width", "id"]).to_pydict() == {"width": [32, 0], "id": ["0000", "0001"]}
+def test_a_reader_may_ask_for_some_columns_or_row_groups(root: Folder) -> None:
+    rows = [{"width": i, "moments": bytes(1000)} for i in range(600)]
+    table = write_table(root, "latents/1", [rows])
+    assert table.read(0, ["width", "id"]).slice(1, 1).to_pydict() == {"width": [1], "id": ["0001"]}
+    with table.file(0) as file:
+        assert file.read_row_group(1, ["width"])["width"].to_pylist() == list(range(256, 512))
 
 
 def test_columns_come_in_any_order_and_width_and_land_in_the_schema(tmp_path: Path) -> None:
     rows = pa.table(
         {
             "extra": ["dropped"],
-            "num_tokens": pa.array([5], pa.int64()),
+            "num_tokens": pa.array([[5]], pa.list_(pa.int64())),
             "features": [b"ab"],
             "status": ["ok"],
             "id": ["x"],
         }
     )
-    writer = TableWriter(tmp_path, "text/1", {}, {})
+    writer = make_writer(tmp_path, "text/2", 1)
     writer.write(0, rows)
-    assert writer.commit(1).read(0).schema == SCHEMAS["text/1"]
+    assert writer.commit().read(0).schema == SCHEMAS["text/2"]
 
 
 def test_a_number_that_does_not_fit_its_column_is_refused(tmp_path: Path) -> None:
-    rows = make_rows("text/1", ROWS["text/1"]).drop_columns(["num_tokens"])
-    rows = rows.append_column("num_tokens", pa.array([2**40, 0], pa.int64()))
-    writer = TableWriter(tmp_path, "text/1", {}, {})
+    rows = make_rows("text/2", ROWS["text/2"]).drop_columns(["num_tokens"])
+    wide = pa.array([[2**40], [0]], pa.list_(pa.int64()))
+    writer = make_writer(tmp_path, "text/2", 1)
     with pytest.raises(pa.ArrowInvalid):
-        writer.write(0, rows)
+        writer.write(0, rows.append_column("num_tokens", wide))
     assert not writer.is_written(0)
 
 
-def test_a_partition_is_written_only_when_its_record_is(tmp_path: Path) -> None:
-    writer = TableWriter(tmp_path, "captions/1", {}, {})
+def test_a_partition_is_written_only_when_its_record_is(root: Folder) -> None:
+    writer = make_writer(root, "captions/2", 3)
+    assert writer.written() == set()
     writer.write(1, captions("ok"))
-    again = TableWriter(tmp_path, "captions/1", {}, {})
+    again = make_writer(root, "captions/2", 3)
     assert [again.is_written(k) for k in range(3)] == [False, True, False]
-    (tmp_path / "part-00002.parquet").write_bytes((tmp_path / "part-00001.parquet").read_bytes())
-    assert not again.is_written(2), "data without its record is what a killed writer leaves"
+    (data,) = (name for name in names_of(root) if name.startswith("part-00001-"))
+    root.write(data.replace("00001", "00002"), root.read(data))
+    assert again.written() == {1}, "data without its record is what a killed writer leaves"
 
 
-def test_writing_a_partition_again_changes_nothing(tmp_path: Path) -> None:
-    writer = TableWriter(tmp_path, "captions/1", {}, {})
+def test_a_file_is_named_by_its_bytes(root: Folder) -> None:
+    writer = make_writer(root, "captions/2", 1)
+    writer.write(0, captions("ok"))
+    (record,) = writer.commit().manifest.files
+    assert record.name == f"part-00000-{record.sha256[:8]}.parquet"
+    assert record.key == writer.keys[0]
+
+
+def test_writing_a_partition_again_changes_nothing(root: Folder) -> None:
+    writer = make_writer(root, "captions/2", 1)
     writer.write(0, captions("ok", "ok"))
-    before = (tmp_path / "part-00000.parquet").read_bytes()
+    before = {name: root.read(name) for name in names_of(root)}
     writer.write(0, captions("ok", "ok"))
-    assert (tmp_path / "part-00000.parquet").read_bytes() == before
+    assert {name: root.read(name) for name in names_of(root)} == before
 
 
-def test_committing_without_every_partition_is_refused_by_name(tmp_path: Path) -> None:
-    writer = TableWriter(tmp_path, "captions/1", {}, {})
+def test_of_two_results_of_a_partition_the_first_stays_and_the_second_says_so(
+    root: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = make_writer(root, "captions/2", 1)
+    writer.write(0, captions("ok", text="first"))
+    before = names_of(root)
+    with caplog.at_level(logging.WARNING):
+        writer.write(0, captions("ok", text="second"))
+    assert f"{root.uri}: another writer finished partition 0 first" in caplog.text
+    assert names_of(root) == before
+    assert writer.commit().read(0)["captions"].to_pylist() == [["first"]]
+    verify_folder(root)
+
+
+def test_committing_without_every_partition_is_refused_by_name(root: Folder) -> None:
+    writer = make_writer(root, "captions/2", 3)
     writer.write(0, captions("ok"))
     writer.write(2, captions("ok"))
     with pytest.raises(ManifestError, match=r"00001.json: .*run the job again"):
-        writer.commit(3)
+        writer.commit()
     assert not writer.is_committed
     with pytest.raises(ManifestError, match="is unfinished"):
-        Table.open(tmp_path)
+        Table.open(root)
     writer.write(1, captions("ok"))
-    assert writer.commit(3).num_partitions == 3
+    assert writer.commit().num_partitions == 3
     assert writer.is_committed
 
 
-def test_a_half_written_record_is_refused_by_name(tmp_path: Path) -> None:
-    writer = TableWriter(tmp_path, "captions/1", {}, {})
+@pytest.mark.parametrize("text", ['{"name": "part-0', "[]", "{}", '{"nome": 1}', ""])
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    writer = make_writer(tmp_path, "captions/2", 1)
     writer.write(0, captions("ok"))
-    (tmp_path / "_records" / "00000.json").write_text('{"name": "part-0')
+    (tmp_path / "_records" / "00000.json").write_text(text)
     with pytest.raises(ManifestError, match=r"00000.json: .*run the job again"):
-        writer.commit(1)
+        writer.commit()
 
 
 statuses = st.sampled_from(["ok", "rejected: empty file", "rejected: 3x4: too small", "rejected"])
+KINDS = {"ok", "rejected: empty file", "rejected:", "rejected"}
 
 
 @repeatable
@@ -122,58 +184,80 @@ statuses = st.sampled_from(["ok", "rejected: empty file", "rejected: 3x4: too sm
 def test_every_row_is_counted_once_under_the_kind_of_its_status(found: list[str]) -> None:
     counts = count_statuses(captions(*found))
     assert sum(counts.values()) == len(found)
-    assert counts.get("ok", 0) == found.count("ok")
-    assert set(counts) <= {"ok", "rejected"}
+    for kind in ("ok", "rejected: empty file", "rejected"):
+        assert counts.get(kind, 0) == found.count(kind)
+    assert set(counts) <= KINDS
+
+
+def test_reasons_that_differ_in_numbers_alone_are_counted_together() -> None:
+    found = ("rejected: too small (3x4)", "rejected: too small (1x1)", "rejected: 12 frames", "ok")
+    counts = count_statuses(captions(*found, "rejected: too small"))
+    assert counts == {"ok": 1, "rejected:": 1, "rejected: too small": 3}
 
 
 def test_the_manifest_counts_rows_over_all_partitions(tmp_path: Path) -> None:
-    writer = TableWriter(tmp_path, "captions/1", {"prompt": "p"}, {"images": "abc"})
+    writer = TableWriter(
+        LocalFolder(tmp_path), "captions/2", {"prompt": "p"}, {"images": "abc"}, ("a", "b")
+    )
     writer.write(0, captions("ok", "rejected: a"))
     writer.write(1, captions("rejected: b", "ok", "ok"))
-    table = writer.commit(2, {"width": 16})
-    assert table.manifest.counts == {"ok": 3, "rejected": 2}
+    table = writer.commit({"width": 16})
+    assert table.manifest.counts == {"ok": 3, "rejected: a": 1, "rejected: b": 1}
     assert table.manifest.num_rows == 5
     assert table.manifest.extra == {"width": 16}
     assert (table.manifest.settings, table.manifest.inputs) == ({"prompt": "p"}, {"images": "abc"})
 
 
 def test_opening_a_table_of_another_schema_is_refused(tmp_path: Path) -> None:
-    write_table(tmp_path, "captions/1", [ROWS["captions/1"]])
-    with pytest.raises(ManifestError, match="holds captions/1, but latents/1 is needed"):
+    write_table(tmp_path, "captions/2", [ROWS["captions/2"]])
+    with pytest.raises(ManifestError, match="holds captions/2, but latents/1 is needed"):
         Table.open(tmp_path, "latents/1")
 
 
-def test_every_rejected_row_is_listed_with_its_source_and_reason(tmp_path: Path) -> None:
-    rows: list[Row] = [
-        {"source": "a.png"},
-        {"source": "b.png", "status": "rejected: empty file"},
-        {"source": "c.png", "status": "rejected: 1x1"},
-    ]
-    table = write_table(tmp_path / "images", "images/1", [rows, rows[1:2]])
-    listed = [(row["source"], row["status"]) for row in table.rejects()]
-    assert listed == [
-        ("b.png", "rejected: empty file"),
-        ("c.png", "rejected: 1x1"),
-        ("b.png", "rejected: empty file"),
-    ]
-    other = write_table(tmp_path / "captions", "captions/1", [ROWS["captions/1"]])
-    assert list(other.rejects()) == [{"id": "0001", "status": "rejected: x"}]
+def test_a_schema_of_another_release_is_refused(tmp_path: Path) -> None:
+    manifest = write_table(tmp_path / "a", "captions/2", [ROWS["captions/2"]]).manifest
+    replace(manifest, schema="captions/1").commit_to(tmp_path / "b")
+    with pytest.raises(ManifestError, match=r"b: holds captions/1, which .*Run its job again"):
+        Table.open(tmp_path / "b")
 
 
-def test_a_lost_or_damaged_partition_is_named(tmp_path: Path) -> None:
-    table = write_table(tmp_path, "captions/1", [ROWS["captions/1"]])
-    table.path(0).write_bytes(b"PAR1 no more")
-    with pytest.raises(ManifestError, match=r"part-00000.parquet: cannot be read .*restore it"):
+def test_every_reject_of_a_table_is_listed_with_its_source_and_reason(root: Folder) -> None:
+    sources: list[Row] = [{"source": name} for name in ("a.png", "b.png", "c.png")]
+    broken: Row = {"source": "d.png", "status": "rejected: empty file"}
+    images = write_table(root / "images", "images/2", [[*sources, broken], sources])
+    assert list(find_rejects(images, images)) == [
+        {"source": "d.png", "id": "0003", "status": "rejected: empty file"}
+    ]
+    twice = {"status": "rejected: duplicate"}
+    kept: list[Row] = [{}, {}, {}]
+    selection = write_table(
+        root / "selection", "selection/1", [[{}, twice, {}, {"status": broken["status"]}], kept]
+    )
+    assert list(find_rejects(images, selection, images)) == [
+        {"source": "b.png", "id": "0001", "status": "rejected: duplicate"}
+    ]
+    assert [row["source"] for row in find_rejects(images, selection)] == ["b.png", "d.png"]
+
+
+def test_a_lost_or_damaged_partition_is_named(root: Folder) -> None:
+    table = write_table(root, "captions/2", [ROWS["captions/2"]])
+    name = table.manifest.files[0].name
+    sound = root.read(name)
+    root.write(name, sound[:4] + bytes(len(sound) - 8) + sound[-4:])
+    with pytest.raises(ManifestError, match=rf"(?s){name}: cannot be read .*restore it"):
         table.read(0)
-    table.path(0).unlink()
-    with pytest.raises(ManifestError, match=r"part-00000.parquet: cannot be read"):
+    root.write(name, b"PAR1 no more")
+    with pytest.raises(ManifestError, match=rf"(?s){name}: cannot be read .*restore it"):
+        table.read(0)
+    root.delete(name)
+    with pytest.raises(ManifestError, match=rf"{name}: cannot be read"):
         table.read(0)
 
 
 def test_tables_line_up_when_partitions_and_rows_do(tmp_path: Path) -> None:
     def table(name: str, *sizes: int) -> Table:
-        partitions = [[{"caption": "x"}] * size for size in sizes]
-        return write_table(tmp_path / name, "captions/1", partitions)
+        partitions = [[{"captions": ["x"]}] * size for size in sizes]
+        return write_table(tmp_path / name, "captions/2", partitions)
 
     first = table("first", 3, 2)
     check_aligned([first, table("same", 3, 2)])
@@ -182,24 +266,165 @@ def test_tables_line_up_when_partitions_and_rows_do(tmp_path: Path) -> None:
             check_aligned([first, table(name, *sizes)])
 
 
+def test_tables_of_other_images_do_not_line_up(tmp_path: Path) -> None:
+    images = [
+        write_table(tmp_path / name, "images/2", [[{"source": name}]]) for name in ("one", "other")
+    ]
+    writer = TableWriter.under(
+        LocalFolder(tmp_path), "selection", "selection/1", {}, {"images": images[0]}
+    )
+    writer.write(0, make_rows("selection/1", [{}]))
+    selection = writer.commit()
+    check_aligned([images[0], selection])
+    with pytest.raises(ManifestError, match=r"other, selection-.* from different image tables"):
+        check_aligned([images[1], selection])
+
+
+def ask(root: Folder, **changed: Any) -> TableWriter:
+    """The writer of some settings, inputs and parts, of which a test changes some."""
+    asked: dict[str, Any] = {
+        "schema": "captions/2", "settings": {"prompt": "a", "n": 1, "_all": "2 parts"},
+        "inputs": {}, "parts": ["one", "two"],
+    }  # fmt: skip
+    return TableWriter.under(root, "captions", **(asked | changed))
+
+
 @pytest.mark.parametrize(
     "changed",
-    [{"schema": "text/1"}, {"settings": {"prompt": "b"}}, {"inputs": {"images": "other"}}],
+    [{"schema": "text/2"}, {"settings": {"prompt": "b"}}, {"settings": {"_all": "3 parts"}}],
 )
-def test_other_settings_inputs_or_schema_get_another_folder(
+def test_other_settings_or_schema_get_another_folder(
     tmp_path: Path, changed: dict[str, Any]
 ) -> None:
-    asked: dict[str, Any] = {
-        "schema": "captions/1", "settings": {"prompt": "a", "n": 1}, "inputs": {"images": "one"},
-    }  # fmt: skip
-    folder = TableWriter.under(tmp_path, "captions", **asked).folder
-    assert TableWriter.under(tmp_path, "captions", **asked).folder == folder
-    turned = asked | {"settings": {"n": 1, "prompt": "a"}}
-    assert TableWriter.under(tmp_path, "captions", **turned).folder == folder
-    assert TableWriter.under(tmp_path, "captions", **(asked | changed)).folder != folder
+    root = LocalFolder(tmp_path)
+    assert ask(root) == ask(root)
+    turned = {"_all": "2 parts", "n": 1, "prompt": "a"}
+    assert ask(root, settings=turned) == ask(root)
+    assert ask(root, **changed).folder != ask(root).folder
+
+
+def test_other_inputs_get_another_folder_and_other_keys_where_their_files_differ(
+    tmp_path: Path,
+) -> None:
+    root = LocalFolder(tmp_path)
+    same: Row = {"source": "same"}
+    images = [
+        write_table(tmp_path / name, "images/2", [[same], [{"source": name}]]) for name in "ab"
+    ]
+    one, other = (ask(root, inputs={"images": table}, parts=()) for table in images)
+    assert one.folder != other.folder
+    assert one.keys[0] == other.keys[0]
+    assert one.keys[1] != other.keys[1]
+    assert one.inputs == {"images": images[0].digest}
+
+
+def test_a_key_names_the_part_and_what_was_asked_and_nothing_else(tmp_path: Path) -> None:
+    root = LocalFolder(tmp_path)
+    keys = ask(root).keys
+    assert len(set(keys)) == 2
+    assert ask(root, parts=["one", "two", "three"]).keys[:2] == keys
+    assert ask(root, settings={"prompt": "a", "n": 1, "_all": "others"}).keys == keys
+    for changed in ({"settings": {"prompt": "b"}}, {"schema": "text/2"}, {"parts": ["x", "y"]}):
+        assert not set(ask(root, **changed).keys) & set(keys)
 
 
 def test_two_tables_of_the_same_rows_have_the_same_digest(tmp_path: Path) -> None:
-    tables = [write_table(tmp_path / n, "captions/1", [ROWS["captions/1"]]) for n in "ab"]
+    tables = [write_table(tmp_path / n, "captions/2", [ROWS["captions/2"]]) for n in "ab"]
     assert tables[0].digest == tables[1].digest
-    assert (tables[0].folder / MANIFEST_FILE).is_file()
+    assert tables[0].folder.find(MANIFEST_FILE)
+
+
+def write_all(writer: TableWriter, texts: Sequence[str]) -> Table:
+    for k, text in enumerate(texts):
+        if not writer.is_written(k):
+            writer.write(k, captions("ok", text=text))
+    return writer.commit()
+
+
+def grow(root: Folder, parts: Sequence[str]) -> TableWriter:
+    """The writer over a source of these parts."""
+    return ask(root, settings={"prompt": "a", "_all": list(parts)}, parts=parts)
+
+
+def test_a_table_that_grew_takes_over_what_its_neighbours_made(root: Folder) -> None:
+    first = write_all(grow(root, "ab"), "ab")
+    second = grow(root, "abc")
+    assert second.adopt() == 2
+    assert second.adopt() == 0
+    assert second.written() == {0, 1}
+    table = write_all(second, ["", "", "c"])
+    assert [table.read(k)["captions"].to_pylist() for k in range(3)] == [
+        [["a"]], [["b"]], [["c"]],
+    ]  # fmt: skip
+    assert sum(name.startswith("part-") for name in names_of(second.folder)) == 1
+    verify_folder(second.folder)
+    assert [record.folder for record in table.manifest.files] == [first.folder.name] * 2 + [""]
+
+
+def test_a_table_may_adopt_from_one_that_adopted_itself(root: Folder) -> None:
+    first = write_all(grow(root, "a"), "a")
+    for parts in ("ab", "abc", "bca"):
+        writer = grow(root, parts)
+        assert writer.adopt() == len(parts) - (parts != "bca")
+        table = write_all(writer, parts)
+    assert [table.read(k)["captions"].to_pylist() for k in range(3)] == [
+        [["b"]], [["c"]], [["a"]],
+    ]  # fmt: skip
+    assert table.manifest.files[2].folder == first.folder.name, "where the file is, in one step"
+    verify_folder(table.folder)
+
+
+def test_an_adopted_table_has_the_digest_of_one_made_anew(root: Folder) -> None:
+    write_all(grow(root / "one", "ab"), "ab")
+    adopting = grow(root / "one", "abc")
+    adopting.adopt()
+    adopted = write_all(adopting, "abc")
+    anew = write_all(grow(root / "other", "abc"), "abc")
+    assert adopted.digest == anew.digest
+
+
+def test_nothing_is_adopted_from_the_unfinished_or_from_other_settings(root: Folder) -> None:
+    unfinished = grow(root, "ab")
+    unfinished.write(0, captions("ok"))
+    write_all(ask(root, settings={"prompt": "b", "_all": ["a"]}, parts="a"), "a")
+    assert grow(root, "abc").adopt() == 0
+
+
+def race(writers: Sequence[TableWriter], texts: Sequence[str]) -> list[Future[str]]:
+    """Every writer writes its text to all partitions and commits, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(len(writers)).wait
+    with ProcessPoolExecutor(len(writers), mp_context=context, initializer=together) as pool:
+        jobs = zip(writers, texts, strict=True)
+        return [
+            pool.submit(
+                write_and_commit, writer, [captions("ok", text=text)] * writer.num_partitions
+            )
+            for writer, text in jobs
+        ]
+
+
+def test_of_two_processes_with_other_settings_one_wins_and_the_other_says_so(root: Folder) -> None:
+    writers = [
+        replace(make_writer(root, "captions/2", 8), settings={"prompt": text}) for text in "ab"
+    ]
+    outcomes = race(writers, "ab")
+    lost = [outcome.exception() for outcome in outcomes if outcome.exception()]
+    (digest,) = (outcome.result() for outcome in outcomes if not outcome.exception())
+    assert len(lost) == 1
+    assert isinstance(lost[0], ManifestError)
+    assert f"another writer has committed digest {digest}" in str(lost[0])
+    assert verify_folder(root).digest == digest
+
+
+def test_two_processes_with_the_same_work_both_end_well(root: Folder) -> None:
+    outcomes = race([make_writer(root, "captions/2", 8)] * 2, "aa")
+    assert {outcome.result() for outcome in outcomes} == {verify_folder(root).digest}
+    assert sum(name.startswith("part-") for name in names_of(root)) == 8
+
+
+def test_two_processes_with_other_results_of_the_same_work_agree_on_one_table(root: Folder) -> None:
+    outcomes = race([make_writer(root, "captions/2", 8)] * 2, "ab")
+    assert {outcome.result() for outcome in outcomes} == {verify_folder(root).digest}
+    listed = {record.name for record in Table.open(root).manifest.files}
+    assert listed == {name for name in names_of(root) if name.startswith("part-")}

@@ -15,11 +15,13 @@ import typer
 import yaml
 
 from pixart_cluster.local import quiet_environment
+from pixart_cluster.tables import table
 
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Images to a served text-to-image model, the PixArt-alpha way, on Ray.",
 )  # fmt: skip
+cli.add_typer(table, name="table")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A built-in recipe's name, or a .yaml file.")]
 RootOption = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")]

@@ -4,89 +4,183 @@ Another captioner, prompt or image table makes another caption table; the old on
 """
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
-from pixart_jobs.ingest import Progress, decode_image
-from pixart_jobs.recipe import Recipe
-from pixart_models.captioner import load_captioner
+from pixart_jobs.ingest import read_picture
+from pixart_jobs.pictures import PictureError
+from pixart_jobs.recipe import CaptionSettings, Recipe
+from pixart_models.captioner import VLLM, Caption, captioner_revision, load_captioner
+from pixart_models.concepts import ConceptDensity, measure_concepts
 from pixart_models.digits import Reading, describe
-from pixart_platform.partitions import Sink, run_partitions
+from pixart_models.text import ModelNotFound
+from pixart_platform.partitions import Progress, Sink, run_partitions
+from pixart_platform.storage import Folder
 from pixart_platform.tables import OK, SCHEMAS, Table, TableWriter
 
-SCHEMA = "captions/1"
+SCHEMA = "captions/2"
 
 
-def plan(recipe: Recipe, root: Path, images: Table) -> TableWriter:
-    """The writer of this recipe's caption table."""
-    settings = recipe.caption.model_dump(mode="json", include={"prompt", "max_new_tokens"})
-    settings |= {"captioner": recipe.captioner}
-    return TableWriter.under(root, "captions", SCHEMA, settings, {"images": images.digest})
+def plan(recipe: Recipe, root: Folder, tables: dict[str, Table]) -> TableWriter:
+    """The writer of this recipe's caption table; ``tables`` are ``images`` and ``selection``."""
+    asked = {"prompts", "show_raw", "keep_raw", "max_new_tokens", "max_side"}
+    settings = recipe.caption.model_dump(mode="json", include=asked)
+    settings |= {"captioner": recipe.captioner, "revision": captioner_revision(recipe.captioner)}
+    return TableWriter.under(root, "captions", SCHEMA, settings, tables)
 
 
-def run(recipe: Recipe, images: Table, writer: TableWriter) -> Progress:
+def run(recipe: Recipe, tables: dict[str, Table], writer: TableWriter) -> Progress:
     """Caption the unfinished partitions."""
     settings = recipe.caption
+    asked = {
+        "source": recipe.captioner, "settings": settings, "revision": writer.settings["revision"],
+    }  # fmt: skip
+    engine = None
+    if recipe.captioner.startswith(VLLM):
+        from pixart_jobs import caption_vllm
 
-    def read(k: int) -> pa.Table:
-        return images.read(k, ["id", "status", "bytes", "raw_caption"])
-
+        engine = caption_vllm.build(**asked)
     return run_partitions(
-        num_partitions=images.num_partitions,
-        read=read,
+        read=_Read(tables, settings.max_side),
         transform=_Caption,
-        transform_kwargs={
-            "source": recipe.captioner,
-            "prompt": settings.prompt,
-            "max_new_tokens": settings.max_new_tokens,
-            "batch_images": settings.batch_images,
-        },
-        sinks=[Sink(writer, {name: name for name in SCHEMAS[SCHEMA].names})],
+        transform_kwargs=asked,
+        engine=engine,
+        sinks=[Sink.of(writer, SCHEMAS[SCHEMA].names)],
+        num_readers=settings.num_readers,
         num_actors=settings.num_workers,
         num_gpus=settings.num_gpus,
     )
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A partition with its pictures decoded and shrunk, on CPUs alone."""
+
+    tables: dict[str, Table]
+    max_side: int
+
+    def __call__(self, k: int) -> pa.Table:
+        items = self.tables["images"].read(k, ["id", "bytes", "uri", "raw_caption"])
+        items = items.append_column("status", self.tables["selection"].read(k, ["status"])[0])
+        fields = [(name, pa.string()) for name in ("id", "status", "raw_caption")]
+        fields += [("pixels", pa.large_binary()), ("width", pa.int32()), ("height", pa.int32())]
+        rows = [self._prepare(item) for item in items.to_pylist()]
+        return pa.Table.from_pylist(rows, pa.schema(fields))
+
+    def _prepare(self, item: dict[str, Any]) -> dict[str, Any]:
+        row = {name: item[name] for name in ("id", "status", "raw_caption")}
+        row |= {"pixels": b"", "width": 0, "height": 0}
+        if item["status"] != OK:
+            return row
+        try:
+            picture = Image.fromarray(read_picture(item))
+        except PictureError as error:
+            return row | {"status": f"rejected: {error}"}
+        if max(picture.size) > self.max_side:
+            picture.thumbnail((self.max_side, self.max_side), Image.Resampling.BICUBIC)
+        return row | {
+            "pixels": picture.tobytes(), "width": picture.width, "height": picture.height,
+        }  # fmt: skip
+
+
 class _Caption:
-    def __init__(self, source: str, prompt: str, max_new_tokens: int, batch_images: int) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Captions of a partition's pictures; ``revision`` is the captioner's that the table names.
+
+    Raises ModelNotFound, also when this machine has another revision.
+    """
+
+    def __init__(self, source: str, settings: CaptionSettings, revision: str = "") -> None:
         self._captioner = load_captioner(
-            source, prompt=prompt, max_new_tokens=max_new_tokens, device=device
+            source,
+            prompts=settings.prompts,
+            show_raw=settings.show_raw,
+            max_new_tokens=settings.max_new_tokens,
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        self._batch_images = batch_images
+        if revision not in ("", self._captioner.revision):
+            why = (
+                f"here it is revision {self._captioner.revision}, but this table is made with "
+                f"{revision}; put the same files on every machine"
+            )
+            raise ModelNotFound("captioner", source, why)
+        self._batch_images, self._keep_raw = settings.batch_images, settings.keep_raw
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        items = rows.to_pylist()
-        found: list[dict[str, Any]] = [
-            {"id": item["id"], "status": item["status"], "caption": ""} for item in items
-        ]
-        usable = [i for i, item in enumerate(items) if item["status"] == OK]
+        statuses = rows["status"].to_pylist()
+        raws = [raw or "" for raw in rows["raw_caption"].to_pylist()]
+        written: list[list[str]] = [[] for _ in statuses]
+        usable = [i for i, status in enumerate(statuses) if status == OK]
         for start in range(0, len(usable), self._batch_images):
             chosen = usable[start : start + self._batch_images]
-            captions = self._captioner.caption(
-                [decode_image(items[i]["bytes"]) for i in chosen],
-                [items[i]["raw_caption"] for i in chosen],
+            answers = self._captioner.caption(
+                [_view_picture(rows, i) for i in chosen], [raws[i] for i in chosen]
             )
-            for i, caption in zip(chosen, captions, strict=True):
-                found[i]["caption"] = caption.text
-                if caption.problem:
-                    found[i]["status"] = f"rejected: no caption ({caption.problem})"
-        return pa.Table.from_pylist(found, SCHEMAS[SCHEMA])
+            for i, captions in zip(chosen, answers, strict=True):
+                statuses[i], written[i] = settle(captions, raws[i] if self._keep_raw else None)
+        return pa.table([rows["id"], statuses, written], schema=SCHEMAS[SCHEMA])
+
+
+def _view_picture(rows: pa.Table, i: int) -> NDArray[np.uint8]:
+    """Row ``i``'s pixels (H, W, 3), not copied: a partition of them is gigabytes."""
+    height, width = rows["height"][i].as_py(), rows["width"][i].as_py()
+    flat: NDArray[np.uint8] = np.frombuffer(rows["pixels"][i].as_buffer(), np.uint8)
+    return flat.reshape(height, width, 3)
+
+
+def settle(captions: Sequence[Caption], raw: str | None) -> tuple[str, list[str]]:
+    """A row's status and captions: one a prompt, "" where that one failed, then ``raw`` if it is
+    kept. Rejected, with the first problem as its reason, if none is left."""
+    if not raw and not any(caption.text for caption in captions):
+        return f"rejected: no caption ({captions[0].problem})", []
+    return OK, [caption.text for caption in captions] + ([] if raw is None else [raw])
 
 
 def measure_accuracy(images: Table, captions: Table) -> float | None:
-    """Share of captions that say exactly the truth; None for sources that know no truth."""
+    """Share of first captions that say exactly the truth; None for sources that know no truth."""
     right = total = 0
     for k in range(images.num_partitions):
         truths = images.read(k, ["truth"])["truth"].to_pylist()
-        written = captions.read(k, ["caption"])["caption"].to_pylist()
-        for truth, caption in zip(truths, written, strict=True):
+        written = captions.read(k, ["captions"])["captions"].to_pylist()
+        for truth, texts in zip(truths, written, strict=True):
             if truth is not None:
                 raw = json.loads(truth)
                 reading = Reading(tuple(raw["digits"]), tuple(raw["colors"]), raw["relation"])
-                right += caption == describe(reading)
+                right += texts[:1] == [describe(reading)]
                 total += 1
     return right / total if total else None
+
+
+def measure_density(images: Table, captions: Table, max_rows: int = 20_000) -> dict[str, float]:
+    """The paper's Table 1 before and after captioning, over up to ``max_rows`` first rows.
+
+    Kept beside the caption table, so it is measured once.
+    """
+    name = f"concepts-{max_rows}.json"
+    if captions.folder.find(name):
+        kept: dict[str, float] = json.loads(captions.folder.read(name))
+        return kept
+    raw, dense, rows = ConceptDensity(), ConceptDensity(), 0
+    for k in range(images.num_partitions):
+        if rows >= max_rows:
+            break
+        texts = images.read(k, ["raw_caption"])["raw_caption"].to_pylist()
+        written = captions.read(k, ["captions"])["captions"].to_pylist()
+        rows += len(texts)
+        raw.merge(measure_concepts(text or "" for text in texts))
+        dense.merge(measure_concepts(row[0] for row in written if row))
+    found = {
+        f"{kind}_{figure}": round(float(getattr(density, figure)), 4)
+        for kind, density in (("raw", raw), ("dense", dense))
+        for figure in (
+            "num_captions", "num_distinct", "num_valid", "valid_share", "nouns_per_caption",
+        )
+    }  # fmt: skip
+    captions.folder.write(name, json.dumps(found, indent=1).encode())
+    return found

@@ -6,12 +6,13 @@ scaled to cover its shape and centre-cropped: the resolution's square, or with `
 the nearest of a few shapes of about that area. The crop itself is not stored: it follows from the
 picture's size and the bucket (``pixart_models.buckets.cover``).
 
-Models work on full batches of like size: pictures are taken by ratio, captions by length.
+CPU tasks decode and crop, actors encode, so the accelerator never waits for a JPEG. The models work
+on full batches of like size: pictures are taken by bucket, captions by length.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,34 +22,45 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pixart_jobs.ingest import Progress, decode_image
+from pixart_jobs.ingest import read_picture
 from pixart_jobs.recipe import EncodeSettings, Recipe
+from pixart_models.autoencoder import SPEC as AUTOENCODER
 from pixart_models.autoencoder import load_autoencoder
 from pixart_models.buckets import MAX_RATIO, Size, buckets, cover, is_extreme, nearest_bucket
 from pixart_models.config import PRESETS
-from pixart_models.text import load_text_encoder
-from pixart_platform.partitions import Sink, run_partitions
+from pixart_models.revision import model_revision
+from pixart_models.text import T5, load_text_encoder
+from pixart_platform.partitions import Progress, Sink, run_partitions
+from pixart_platform.storage import Folder
 from pixart_platform.tables import OK, Table, TableWriter
+
+Inputs = dict[str, Table]  # images, selection, captions
 
 
 def plan(
-    recipe: Recipe, root: Path, images: Table, captions: Table
+    recipe: Recipe, root: Folder, tables: Inputs
 ) -> tuple[TableWriter, dict[int, TableWriter]]:
     """The writers of the text table and of each resolution's latent table."""
     settings = recipe.encode
-    inputs = {"images": images.digest}
     # An option that is off leaves no trace, so tables made before it existed are still found.
     precision = {"text_encoder_8bit": True} if settings.text_encoder_8bit else {}
     shapes = {"aspect_buckets": True, "patch": _patch(recipe)} if settings.aspect_buckets else {}
     text = TableWriter.under(
-        root, "text", "text/1",
-        {"text_encoder": settings.text_encoder, "max_tokens": settings.max_tokens} | precision,
-        inputs | {"captions": captions.digest},
+        root, "text", "text/2",
+        {
+            "text_encoder": settings.text_encoder, "max_tokens": settings.max_tokens,
+            "revision": model_revision(T5, settings.text_encoder),
+        } | precision,
+        tables,
     )  # fmt: skip
     latents = {
         resolution: TableWriter.under(
-            root, f"latents-{resolution}px", "latents/1",
-            {"autoencoder": settings.autoencoder, "resolution": resolution} | shapes, inputs,
+            root, f"latents_{resolution}px", "latents/1",
+            {
+                "autoencoder": settings.autoencoder, "resolution": resolution,
+                "revision": model_revision(AUTOENCODER, settings.autoencoder),
+            } | shapes,
+            {kind: tables[kind] for kind in ("images", "selection")},
         )
         for resolution in settings.resolutions
     }  # fmt: skip
@@ -56,39 +68,40 @@ def plan(
 
 
 def run(
-    recipe: Recipe,
-    images: Table,
-    captions: Table,
-    text: TableWriter,
-    latents: dict[int, TableWriter],
+    recipe: Recipe, tables: Inputs, text: TableWriter, latents: dict[int, TableWriter]
 ) -> Progress:
-    """Encode the unfinished partitions. Raises ModelInputError for a base side without buckets."""
-
-    def read(k: int) -> pa.Table:
-        columns = images.read(k, ["id", "status", "bytes", "width", "height"]).append_column(
-            "caption", captions.read(k, ["caption"])["caption"]
-        )
-        return columns.append_column("caption_status", captions.read(k, ["status"])["status"])
-
-    sinks = [
-        Sink(text, {"id": "id", "status": "text_status", "features": "features",
-                    "num_tokens": "num_tokens"})
-    ]  # fmt: skip
-    for resolution, writer in latents.items():
-        columns = {name: f"{name}_{resolution}" for name in ("moments", "bucket_h", "bucket_w")}
-        same = {name: name for name in ("id", "status", "width", "height")}
-        sinks.append(Sink(writer, same | columns))
+    """Encode what is not committed. Raises ModelInputError for a base side without buckets."""
+    settings = recipe.encode
+    latents = {side: writer for side, writer in latents.items() if not writer.is_committed}
+    wants_text = not text.is_committed
+    shapes = {
+        side: chosen
+        for side, chosen in choose_shapes(settings, _patch(recipe)).items()
+        if side in latents
+    }
     return run_partitions(
-        num_partitions=images.num_partitions,
-        read=read,
+        read=_Read(tables, shapes, settings.aspect_buckets),
         transform=_Encode,
         transform_kwargs={
-            "settings": recipe.encode, "shapes": choose_shapes(recipe.encode, _patch(recipe)),
+            "settings": settings,
+            "sides": tuple(shapes),
+            "text": wants_text,
         },
-        sinks=sinks,
-        num_actors=recipe.encode.num_workers,
-        num_gpus=recipe.encode.num_gpus,
-    )  # fmt: skip
+        sinks=make_sinks(text if wants_text else None, latents),
+        num_readers=settings.num_readers,
+        num_actors=settings.num_workers,
+        num_gpus=settings.num_gpus,
+    )
+
+
+def make_sinks(text: TableWriter | None, latents: Mapping[int, TableWriter]) -> list[Sink]:
+    """Which columns of the encoders' rows go to which table."""
+    columns = {name: name for name in ("id", "features", "num_tokens")} | {"status": "text_status"}
+    sinks = [Sink(text, columns)] if text else []
+    for side, writer in latents.items():
+        payload = {name: f"{name}_{side}" for name in ("moments", "bucket_h", "bucket_w")}
+        sinks.append(Sink(writer, {n: n for n in ("id", "status", "width", "height")} | payload))
+    return sinks
 
 
 def _patch(recipe: Recipe) -> int:
@@ -126,79 +139,155 @@ def describe_encoders(settings: EncodeSettings) -> tuple[dict[str, Any], dict[st
     )
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Joins a partition's tables and prepares its rows; runs on CPUs alone."""
+
+    tables: Inputs
+    shapes: Mapping[int, Sequence[Size]]
+    refuse_extreme: bool
+
+    def __call__(self, k: int) -> pa.Table:
+        columns = ["id", "width", "height", *(("bytes", "uri") if self.shapes else ())]
+        items = self.tables["images"].read(k, columns)
+        captions = self.tables["captions"].read(k, ["status", "captions"])
+        items = items.append_column("status", self.tables["selection"].read(k, ["status"])[0])
+        items = items.append_column("text_status", captions["status"])
+        items = items.append_column("captions", captions["captions"])
+        return prepare_rows(items.to_pylist(), self.shapes, refuse_extreme=self.refuse_extreme)
+
+
+def prepare_rows(
+    items: Sequence[dict[str, Any]],
+    shapes: Mapping[int, Sequence[Size]],
+    *,
+    refuse_extreme: bool = False,
+) -> pa.Table:
+    """Rows with their pictures decoded, once, and cropped to a shape of each resolution.
+
+    Pixels are RGB bytes of ``rows`` x ``columns``; a rejected row has none.
+    """
+    fields = [(name, pa.string()) for name in ("id", "status", "text_status")]
+    fields += [("captions", pa.list_(pa.string()))]
+    fields += [(name, pa.int32()) for name in ("width", "height")]
+    for side in shapes:
+        fields += [(f"pixels_{side}", pa.large_binary())]
+        fields += [(f"{name}_{side}", pa.int32()) for name in ("rows", "columns")]
+    prepared = [_prepare(item, shapes, refuse_extreme) for item in items]
+    return pa.Table.from_pylist(prepared, pa.schema(fields))
+
+
+def _prepare(
+    item: dict[str, Any], shapes: Mapping[int, Sequence[Size]], refuse_extreme: bool
+) -> dict[str, Any]:
+    kept = ("id", "status", "text_status", "captions", "width", "height")
+    row = {name: item[name] for name in kept}
+    for side in shapes:
+        row |= {f"pixels_{side}": b"", f"rows_{side}": 0, f"columns_{side}": 0}
+    height, width = item["height"], item["width"]
+    if item["status"] != OK or not shapes:
+        return row
+    if refuse_extreme and is_extreme(height, width):
+        return row | {"status": f"rejected: longer than {MAX_RATIO}:1 ({width}x{height})"}
+    try:
+        picture = read_picture(item)
+    except ValueError as error:
+        return row | {"status": f"rejected: {error}"}
+    for side, choice in shapes.items():
+        bucket = nearest_bucket(height, width, choice)
+        row |= {f"rows_{side}": bucket.height, f"columns_{side}": bucket.width}
+        row[f"pixels_{side}"] = fit(picture, bucket).tobytes()
+    return row
+
+
 class _Encode:
-    def __init__(self, settings: EncodeSettings, shapes: Mapping[int, Sequence[Size]]) -> None:
-        device = _choose_device()
-        self._settings, self._shapes, self._device = settings, shapes, device
-        self._text = load_text_encoder(
-            settings.text_encoder, settings.max_tokens, device, eight_bit=settings.text_encoder_8bit
-        )
-        self._autoencoder = load_autoencoder(settings.autoencoder, device)
+    """Pixels -> moments a bucket at a time, captions -> features by length."""
+
+    def __init__(self, settings: EncodeSettings, sides: tuple[int, ...], text: bool) -> None:
+        self._device = _choose_device()
+        self._settings, self._sides = settings, sides
+        if sides:
+            self._autoencoder = load_autoencoder(settings.autoencoder, self._device)
+        self._text = None
+        if text:
+            self._text = load_text_encoder(
+                settings.text_encoder, settings.max_tokens, self._device,
+                eight_bit=settings.text_encoder_8bit,
+            )  # fmt: skip
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        items = rows.to_pylist()
-        out = [self._empty(item) for item in items]
-        good = [i for i, row in enumerate(out) if row["status"] == OK]
-        if self._settings.aspect_buckets:
-            good.sort(key=lambda i: items[i]["height"] / items[i]["width"])
-        for start in range(0, len(good), self._settings.batch_images):
-            chosen = good[start : start + self._settings.batch_images]
-            self._encode_pictures(
-                [out[i] for i in chosen], [decode_image(items[i]["bytes"]) for i in chosen]
-            )
-        said = [i for i, item in enumerate(items) if item["caption_status"] == OK]
-        captions = [items[i]["caption"] for i in said]
-        for batch in self._text.group_by_length(captions, self._settings.batch_images):
-            features = self._text.encode([captions[place] for place in batch])
-            for place, feature in zip(batch, features, strict=True):
-                row = out[said[place]]
-                row["features"], row["num_tokens"] = pack_features(feature), len(feature)
-        return pa.Table.from_pylist(out)
+        for side in self._sides:
+            rows = self._encode_pictures(rows, side)
+        return self._encode_captions(rows) if self._text else rows
 
-    def _encode_pictures(
-        self, rows: list[dict[str, Any]], pictures: list[NDArray[np.uint8]]
-    ) -> None:
-        """Fill in the rows' moments at each resolution, a bucket at a time."""
-        for resolution, shapes in self._shapes.items():
-            places: dict[Size, list[int]] = {}
-            for i, picture in enumerate(pictures):
-                height, width = picture.shape[:2]
-                places.setdefault(nearest_bucket(height, width, shapes), []).append(i)
-            for bucket, chosen in places.items():
-                pixels = torch.stack([fit(pictures[i], bucket) for i in chosen])
-                moments = self._autoencoder.encode(pixels.to(self._device)).cpu()
-                for i, row in zip(chosen, moments, strict=True):
-                    rows[i] |= {
-                        f"moments_{resolution}": row.to(torch.float16).numpy().tobytes(),
-                        f"bucket_h_{resolution}": row.shape[1],
-                        f"bucket_w_{resolution}": row.shape[2],
-                    }
+    def _encode_pictures(self, rows: pa.Table, side: int) -> pa.Table:
+        pixels = rows[f"pixels_{side}"].combine_chunks()
+        sizes = zip(*(rows[f"{n}_{side}"].to_pylist() for n in ("rows", "columns")), strict=True)
+        places: dict[tuple[int, int], list[int]] = {}
+        for i, size in enumerate(sizes):
+            if size[0]:
+                places.setdefault(size, []).append(i)
+        moments = [b""] * rows.num_rows
+        latent = np.zeros((2, rows.num_rows), np.int32)
+        for size, chosen in places.items():
+            for batch in _batches(chosen, self._settings.batch_images):
+                encoded = self._encode_batch([pixels[i].as_buffer() for i in batch], size)
+                for i, row in zip(batch, encoded, strict=True):
+                    moments[i] = row.tobytes()
+                latent[:, batch] = np.array(encoded.shape[2:])[:, None]
+        rows = rows.drop_columns([f"{n}_{side}" for n in ("pixels", "rows", "columns")])
+        rows = rows.append_column(f"moments_{side}", pa.array(moments, pa.binary()))
+        for name, values in zip(("bucket_h", "bucket_w"), latent, strict=True):
+            rows = rows.append_column(f"{name}_{side}", pa.array(values))
+        return rows
 
-    def _empty(self, item: dict[str, Any]) -> dict[str, Any]:
-        status, height, width = item["status"], item["height"], item["width"]
-        if status == OK and self._settings.aspect_buckets and is_extreme(height, width):
-            status = f"rejected: {width}x{height} is longer than {MAX_RATIO}:1"
-        row = {"id": item["id"], "status": status, "text_status": item["caption_status"]}
-        row |= {"features": b"", "num_tokens": 0, "width": width, "height": height}
-        for resolution in self._settings.resolutions:
-            row |= {f"moments_{resolution}": b""}
-            row |= {f"bucket_{side}_{resolution}": 0 for side in "hw"}
-        return row
+    def _encode_batch(
+        self, pictures: Sequence[pa.Buffer], size: tuple[int, int]
+    ) -> NDArray[np.float16]:
+        """RGB bytes of pictures of one size -> moments (B, 2C, h, w)."""
+        arrays = [np.frombuffer(p, np.uint8).reshape(*size, 3) for p in pictures]
+        pixels = torch.from_numpy(np.stack(arrays)).to(self._device)
+        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
+        moments = self._autoencoder.encode(pixels).to(torch.float16).cpu()
+        return np.asarray(moments.numpy(), np.float16)
+
+    def _encode_captions(self, rows: pa.Table) -> pa.Table:
+        assert self._text is not None
+        captions = rows["captions"].to_pylist()
+        said = [
+            (i, place)
+            for i, status in enumerate(rows["text_status"].to_pylist()) if status == OK
+            for place, caption in enumerate(captions[i]) if caption
+        ]  # fmt: skip
+        features = [[b""] * len(row) for row in captions]
+        lengths = [[0] * len(row) for row in captions]
+        texts = [captions[i][place] for i, place in said]
+        for batch in self._text.group_by_length(texts, self._settings.batch_images):
+            encoded = self._text.encode([texts[n] for n in batch])
+            for n, feature in zip(batch, encoded, strict=True):
+                i, place = said[n]
+                features[i][place], lengths[i][place] = pack_features(feature), len(feature)
+        joined = pa.array([b"".join(row) for row in features], pa.large_binary())
+        rows = rows.drop_columns(["captions"]).append_column("features", joined)
+        return rows.append_column("num_tokens", pa.array(lengths, pa.list_(pa.int32())))
+
+
+def _batches(places: list[int], size: int) -> Iterator[list[int]]:
+    return (places[start : start + size] for start in range(0, len(places), size))
 
 
 def _choose_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fit(picture: NDArray[np.uint8], bucket: Size) -> Tensor:
-    """Picture (H, W, 3) -> pixels (3, *bucket) in -1..1: scaled to cover it, centre-cropped."""
+def fit(picture: NDArray[np.uint8], bucket: Size) -> NDArray[np.uint8]:
+    """Picture (H, W, 3) -> (*bucket, 3): scaled to cover it, centre-cropped."""
     image = Image.fromarray(picture)
     crop = cover(image.height, image.width, bucket)
     if (crop.width, crop.height) != image.size:
         image = image.resize((crop.width, crop.height), Image.Resampling.BICUBIC)
     box = (crop.left, crop.top, crop.left + bucket.width, crop.top + bucket.height)
-    array = np.array(image.crop(box), np.float32)
-    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+    return np.asarray(image.crop(box))
 
 
 def pack_features(features: Tensor) -> bytes:

@@ -1,4 +1,4 @@
-"""The whole way, in order: ingest, caption, encode, the stages, evaluate, evaluate.
+"""The whole way, in order: ingest, select, caption, encode, the stages, evaluate, evaluate.
 
 Each job is found finished, continued or started by the digest of what it is asked for, so running
 a pipeline again is resuming it. Jobs meet through tables and manifests only; this file alone knows
@@ -7,24 +7,29 @@ their order. Each job is a child run of the pipeline's run in MLflow and is char
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from pixart_jobs import caption, encode, evaluate, ingest, train
+from pixart_jobs import caption, encode, evaluate, ingest, selection, train
 from pixart_jobs.evaluate import Evaluation
 from pixart_jobs.recipe import Recipe
+from pixart_jobs.sources import open_source
 from pixart_jobs.train import StageInputs, StagePlan
 from pixart_platform.accounting import Cost, measure
 from pixart_platform.errors import PixartError
 from pixart_platform.manifest import current_commit
+from pixart_platform.partitions import Progress
 from pixart_platform.recipe import digest_of
 from pixart_platform.registry import Registry, Version
-from pixart_platform.storage import write_atomic
-from pixart_platform.tables import OK, Table
+from pixart_platform.storage import Folder, open_folder, write_atomic
+from pixart_platform.tables import OK, Table, TableWriter, find_rejects
 from pixart_platform.tracking import Tracker, sqlite_uri
+
+_SHOWN_REJECTS = 1000  # of each table, in the report
 
 
 class Monitor(Protocol):
@@ -62,7 +67,8 @@ class Result:
     evaluation: Evaluation | None
     cost: Cost
     tracking_uri: str
-    rejects: list[dict[str, str]] = field(default_factory=list)
+    rejects: list[dict[str, str]] = field(default_factory=list)  # the first of each table
+    num_rejected: int = 0
 
     @property
     def version(self) -> Version:
@@ -82,19 +88,13 @@ class Workspace:
         root.mkdir(parents=True, exist_ok=True)
         return cls(root, tracking_uri or sqlite_uri(root), scratch)
 
-    @property
-    def tables(self) -> Path:
-        return self.root / "tables"
+    def open_store(self, place: str) -> Folder:
+        """Where tables are kept: ``place``, or this workspace's own folder."""
+        return open_folder(place or self.root / "tables")
 
     @property
     def costs(self) -> Path:
         return self.root / "costs"
-
-
-def _own_rejects(table: Table, earlier: Table) -> Iterator[dict[str, str]]:
-    """Rows that ``table`` rejected and ``earlier`` had not."""
-    known = {row["id"] for row in earlier.rejects()}
-    return (row for row in table.rejects() if row["id"] not in known)
 
 
 class Pipeline:
@@ -104,6 +104,8 @@ class Pipeline:
         self._recipe, self._space, self._monitor = recipe, space, monitor
         self._identity = digest_of(recipe.model_dump(mode="json"))
         self._registry = Registry(space.tracking_uri, recipe.name)
+        self._rejects: list[dict[str, str]] = []
+        self._num_rejected = 0
         self._keys: set[str] = set()  # what this pipeline consists of, made now or earlier
 
     def run(self, *, promote_result: bool = True) -> Result:
@@ -125,6 +127,12 @@ class Pipeline:
         accuracy = caption.measure_accuracy(tables["images"], tables["captions"])
         if accuracy is not None:
             self._monitor.note(f"captions exactly right: {accuracy:.1%}")
+        density = caption.measure_density(tables["images"], tables["captions"])
+        self._run.log_metrics(density, 0)
+        self._monitor.note(
+            f"nouns a caption: {density['raw_nouns_per_caption']:.1f} raw, "
+            f"{density['dense_nouns_per_caption']:.1f} dense"
+        )
         stages = self._train_stages(tables)
         evaluation = None
         if self._recipe.data.source == "digits":
@@ -135,58 +143,73 @@ class Pipeline:
                 )
         elif promote_result:
             self._monitor.note("not promoted: the digits suite cannot judge other images")
-        rejects = [*tables["images"].rejects(), *_own_rejects(tables["captions"], tables["images"])]
         return Result(
             self._recipe, tables, accuracy, stages, evaluation, self._total_cost(),
-            self._space.tracking_uri, rejects,
+            self._space.tracking_uri, self._rejects, self._num_rejected,
         )  # fmt: skip
 
     def _make_tables(self) -> dict[str, Table]:
-        recipe, root = self._recipe, self._space.tables
-        writer, num_partitions = ingest.plan(recipe, root)
-        self._keys.add(writer.folder.name)
-        if not writer.is_committed:
-            with self._job("ingest", writer.folder.name, num_partitions) as job:
-                self._consume(job, ingest.run(recipe, writer))
-                writer.commit(num_partitions)
-        images = Table.open(writer.folder)
-        self._require_rows(images, list(images.rejects()))
-
-        writer = caption.plan(recipe, root, images)
-        self._keys.add(writer.folder.name)
-        if not writer.is_committed:
-            with self._job("caption", writer.folder.name, num_partitions) as job:
-                self._consume(job, caption.run(recipe, images, writer))
-                writer.commit(num_partitions)
-        captions = Table.open(writer.folder)
-        self._require_rows(captions, list(_own_rejects(captions, images)))
-
-        text, latents = encode.plan(recipe, root, images, captions)
-        self._keys.add(text.folder.name)
-        if not all(w.is_committed for w in (text, *latents.values())):
-            with self._job("encode", text.folder.name, num_partitions) as job:
-                self._consume(job, encode.run(recipe, images, captions, text, latents))
+        recipe, root = self._recipe, self._space.open_store(self._recipe.data.store)
+        source = open_source(recipe.data, recipe.seed, root)
+        images = self._make(
+            "ingest", ingest.plan(recipe, root, source), lambda w: ingest.run(recipe, source, w)
+        )
+        tables = {"images": images}
+        self._require_rows(images, images)
+        tables["selection"] = self._make(
+            "select", selection.plan(recipe, root, images),
+            lambda w: selection.run(recipe, images, w),
+        )  # fmt: skip
+        self._require_rows(images, tables["selection"], images)
+        tables["captions"] = self._make(
+            "caption", caption.plan(recipe, root, tables), lambda w: caption.run(recipe, tables, w)
+        )
+        self._require_rows(images, tables["captions"], tables["selection"])
+        text, latents = encode.plan(recipe, root, tables)
+        writers = [text, *latents.values()]
+        self._keys.update(writer.folder.name for writer in writers)
+        if not all(writer.is_committed for writer in writers):
+            adopted = min(writer.adopt() for writer in writers)
+            with self._job("encode", text.folder.name, text.num_partitions) as job:
+                self._consume(job, adopted, encode.run(recipe, tables, text, latents))
                 text_extra, latent_extra = encode.describe_encoders(recipe.encode)
-                text.commit(num_partitions, text_extra)
-                for latent_writer in latents.values():
-                    latent_writer.commit(num_partitions, latent_extra)
-        tables = {"images": images, "captions": captions, "text": Table.open(text.folder)}
-        return tables | {f"latents-{r}": Table.open(w.folder) for r, w in latents.items()}
+                text.commit(text_extra)
+                for writer in latents.values():
+                    writer.commit(latent_extra)
+        tables["text"] = Table.open(text.folder)
+        return tables | {f"latents-{side}": Table.open(w.folder) for side, w in latents.items()}
 
-    def _require_rows(self, table: Table, rejects: list[dict[str, str]]) -> None:
+    def _make(
+        self, name: str, writer: TableWriter, run: Callable[[TableWriter], Progress]
+    ) -> Table:
+        """One table: found finished, or made from where it was left."""
+        self._keys.add(writer.folder.name)
+        if not writer.is_committed:
+            adopted = writer.adopt()
+            with self._job(name, writer.folder.name, writer.num_partitions) as job:
+                self._consume(job, adopted, run(writer))
+                writer.commit()
+        return Table.open(writer.folder)
+
+    def _require_rows(self, images: Table, table: Table, earlier: Table | None = None) -> None:
         """Tell of the rows this table rejected; raise PixartError when none is left."""
-        if rejects:
-            first = rejects[0]
-            place = first.get("source", first["id"][:12])
+        before = earlier.manifest.counts.get(OK, 0) if earlier else table.manifest.num_rows
+        left = table.manifest.counts.get(OK, 0)
+        if left < before:
+            shown = list(islice(find_rejects(images, table, earlier), _SHOWN_REJECTS))
+            self._rejects += shown
+            self._num_rejected += before - left
             self._monitor.note(
-                f"{len(rejects)} of {table.manifest.num_rows} rows rejected in "
-                f"{table.folder.name}, first: {place}: {first['status']}"
+                f"{before - left} of {before} rows rejected in {table.folder.name}, first: "
+                f"{shown[0]['source']}: {shown[0]['status']}"
             )
-        if not table.manifest.counts.get(OK):
-            raise PixartError(f"{table.folder}: every row was rejected; see its 'status' column")
+        if not left:
+            raise PixartError(
+                f"{table.folder.uri}: every row was rejected; see its 'status' column"
+            )
 
-    def _consume(self, job: "JobMonitor", progress: ingest.Progress) -> None:
-        for done, _ in enumerate(progress, start=1):
+    def _consume(self, job: "JobMonitor", adopted: int, progress: Progress) -> None:
+        for done, _ in enumerate(progress, start=adopted + 1):
             job.reach(done)
 
     def _train_stages(self, tables: dict[str, Table]) -> list[StageResult]:

@@ -13,13 +13,18 @@ from pixart_platform.batches import Condition
 from pixart_platform.engine import OptimizerSettings
 from pixart_platform.recipe import Count, Section
 
+_BLOCK_BYTES = 2 << 30  # decoded pixels of one partition
 RECIPES = Path(__file__).parent / "recipes"
 
 
 def _check_source(source: str) -> str:
-    if source == "digits" or source.startswith("folder:"):
+    kind, _, uri = source.partition(":")
+    if source == "digits" or (kind in ("folder", "classes", "tar", "parquet") and uri):
         return source
-    raise ValueError("write 'digits' for the sample scenes or 'folder:PATH' for your own images")
+    raise ValueError(
+        "write 'digits' for the sample scenes, or for your own images 'KIND:URI': kind folder, "
+        "classes, tar or parquet, and a local path or s3://bucket/prefix"
+    )
 
 
 def _check_condition(text: str) -> str:
@@ -31,32 +36,94 @@ class DataSettings(Section):
     """Where images come from, and which are refused."""
 
     source: Annotated[str, AfterValidator(_check_source)] = "digits"
-    """``digits``, or ``folder:PATH``: images at any depth, raw captions in ``NAME.txt`` beside them
-    or else the words of the file's name."""
+    """``digits``, or ``KIND:URI`` with a local path or ``s3://bucket/prefix``.
+
+    ``folder``: images at any depth; the raw caption is in ``NAME.txt`` or ``NAME.json`` beside one,
+    in ``metadata.jsonl`` (its ``file_name`` and ``text``), or else the words of its name.
+    ``classes``: a folder a class, as ImageNet; labels count the sorted folders, and classes that
+    come later follow. ``tar``: WebDataset or SAM tars, uncompressed, with ``.txt``, ``.json`` and
+    ``.cls`` beside the images. ``parquet``: files with a column ``image`` (of bytes or as Hugging
+    Face's), and ``caption`` and ``label`` if there. When a source has grown, what is new is added
+    in partitions of its own."""
+    store: str = ""
+    """Where tables are kept: a path, or s3://bucket/prefix (endpoint and credentials as boto3 finds
+    them, AWS_ENDPOINT_URL among them); left out, the run's folder."""
     num_scenes: Count = Field(8192, ge=1, le=10**8)
     """Scenes to compose; ``digits`` only."""
     partition_rows: Count = Field(512, ge=1, le=10**6)
     """Rows of a partition, the unit of work and retry."""
     min_side: int = Field(16, ge=1)
     """Images narrower or lower than this many pixels are rejected."""
-    max_pixels: Count = Field(64_000_000, ge=1)
-    """Images with more pixels are rejected before they are decoded."""
+    max_pixels: Count = Field(64_000_000, ge=1, le=178_000_000)
+    """Images with more pixels are rejected before they are decoded; Pillow refuses above 178 M."""
+    max_aspect: float = Field(20.0, ge=1)
+    """Images longer than this many times their shorter side are rejected."""
+    copy_bytes: bool = True
+    """Keep the pictures' bytes in the image table; otherwise later jobs fetch them from the source
+    again, and a picture that has changed since is rejected."""
     num_workers: int = Field(2, ge=1, le=1024)
+
+
+class SelectSettings(Section):
+    """Which images go on: each filter is a reason, and its count is told. Off by default but for
+    exact duplicates, of which the first is kept."""
+
+    near_duplicate_bits: int | None = Field(None, ge=0, le=7)
+    """Rejects an image whose 64-bit perceptual hash differs from an earlier one's in at most this
+    many bits; 4 is usual."""
+    where: Annotated[str, AfterValidator(_check_condition)] = ""
+    """Keeps images for which this holds on the image table's numbers, as
+    ``width >= 256 and quality >= 0.4``."""
+    min_caption_words: int = Field(0, ge=0)
+    """Rejects raw captions with fewer words."""
+    max_caption_words: int | None = Field(None, ge=1)
+    """Rejects raw captions with more words."""
+    blocked_words: tuple[Annotated[str, Field(pattern=r"\S")], ...] = ()
+    """Rejects raw captions with one of these words, in any case."""
 
 
 class CaptionSettings(Section):
-    """Who writes the dense captions."""
+    """Who writes the dense captions, and how often a stage reads each."""
 
     captioner: str = "auto"
     """``builtin:digits``; ``builtin:raw`` (keep the raw captions); a transformers image-text model
-    by local folder or hub id; or ``auto``: the digits reader for the sample scenes, else raw."""
-    prompt: str = "Describe this image and its style in a very detailed manner"
-    """What a vision-language captioner is asked; the default is the paper's."""
+    by local folder or hub id; ``vllm:ID`` for the same through ray.data.llm; or ``auto``: the
+    digits reader for the sample scenes, else raw."""
+    prompts: tuple[str, ...] = Field(
+        ("Describe this image and its style in a very detailed manner",), min_length=1
+    )
+    """What a vision-language captioner is asked, a caption each; the default is the paper's."""
+    show_raw: bool = True
+    """Whether it is told the raw caption too, as in the paper."""
+    keep_raw: bool = False
+    """Keep the raw caption, where there is one, as one more to train on."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """How often training takes each caption of a row: those of ``prompts`` in order, then the raw
+    one if kept; left out, all alike. A row that lacks one shares its weight among the others."""
     max_new_tokens: int = Field(256, ge=1, le=4096)
+    max_side: int = Field(672, ge=16, le=8192)
+    """Pictures are shrunk to this longest side before the captioner sees them."""
     batch_images: int = Field(32, ge=1, le=1024)
+    num_readers: int = Field(2, ge=1, le=4096)
+    """CPU tasks that read and decode pictures for the captioners."""
     num_workers: int = Field(2, ge=1, le=1024)
     num_gpus: float = Field(0, ge=0, le=8)
     """GPUs of each worker."""
+
+    @model_validator(mode="after")
+    def _one_weight_a_caption(self) -> "CaptionSettings":
+        if len(self.prompts) > 1 and self.captioner.startswith(("auto", "builtin:")):
+            raise ValueError(
+                f"prompts: {self.captioner} is asked nothing and writes one caption; leave one "
+                f"prompt, or name a vision-language captioner"
+            )
+        count = len(self.prompts) + self.keep_raw
+        if self.weights and (len(self.weights) != count or not any(self.weights)):
+            raise ValueError(
+                f"weights = {list(self.weights)}: there are {count} captions a row (prompts, and "
+                f"the raw one if kept); give as many, one above 0"
+            )
+        return self
 
 
 class EncodeSettings(Section):
@@ -78,8 +145,11 @@ class EncodeSettings(Section):
     """Crop each picture to the nearest of ~40 shapes from 1:4 to 4:1 with about the area of the
     resolution's square, and reject longer ones; otherwise to the square."""
     batch_images: int = Field(128, ge=1, le=4096)
+    num_readers: int = Field(2, ge=1, le=4096)
+    """CPU tasks that read, decode and crop pictures for the encoders."""
     num_workers: int = Field(2, ge=1, le=1024)
     num_gpus: float = Field(0, ge=0, le=8)
+    """GPUs of each worker."""
 
     @model_validator(mode="after")
     def _no_idle_option(self) -> "EncodeSettings":
@@ -198,6 +268,7 @@ class Recipe(Section):
     """Names the registered model and the MLflow experiment."""
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataSettings = DataSettings()
+    select: SelectSettings = SelectSettings()
     caption: CaptionSettings = CaptionSettings()
     encode: EncodeSettings = EncodeSettings()
     train: TrainSettings = TrainSettings()
@@ -217,6 +288,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
+        sides = (*self.encode.resolutions, self.caption.max_side)
+        largest = _BLOCK_BYTES // (3 * max(side * side for side in sides))
+        if self.data.partition_rows > largest:
+            raise ValueError(
+                f"data.partition_rows = {self.data.partition_rows}: as many pictures of "
+                f"{max(sides)} x {max(sides)} pixels are more than {_BLOCK_BYTES >> 30} GiB, a "
+                f"partition's share of a worker's memory; write at most {largest}"
+            )
         for name, stage in self.stages.items():
             place = f"stages.{name}"
             if stage.resolution not in self.encode.resolutions:

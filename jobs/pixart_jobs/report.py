@@ -2,16 +2,12 @@
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 
-from PIL import Image
-
-from pixart_jobs.ingest import decode_image
 from pixart_jobs.pipeline import Result
+from pixart_jobs.sheet import sheet_of
 from pixart_platform.storage import write_atomic
-from pixart_platform.tables import OK
 
 _CAPTION_SAMPLES = 8
 _COLORS = ("#2563eb", "#16a34a", "#d97706", "#9333ea")
@@ -36,7 +32,7 @@ def summarize(result: Result, image: Path | None, baseline: Result | None) -> di
         "model": result.recipe.name,
         "model_version": result.version.number,
         "image": str(image) if image else None,
-        "rejected_images": len(result.rejects),
+        "rejected_images": result.num_rejected,
     }
     if baseline and baseline.evaluation:
         summary |= {f"baseline_{k}": v for k, v in baseline.evaluation.metrics.items()}
@@ -101,23 +97,8 @@ def _served(result: Result, image: Path | None) -> str:
 
 
 def _captions(result: Result) -> str:
-    images = result.tables["images"].read(0, ["bytes", "status", "raw_caption"]).to_pylist()
-    captions = result.tables["captions"].read(0, ["caption"])["caption"].to_pylist()
-    rows: list[str] = []
-    for item, caption in zip(images, captions, strict=True):
-        if item["status"] == OK and len(rows) < _CAPTION_SAMPLES:
-            thumbnail = Image.fromarray(decode_image(item["bytes"]))
-            thumbnail.thumbnail((192, 192))
-            buffer = io.BytesIO()
-            thumbnail.save(buffer, format="png")
-            rows.append(
-                f"<tr><td>{_embed(buffer.getvalue(), 72, caption)}<td>"
-                f"{html.escape(item['raw_caption'])}<td>{html.escape(caption)}"
-            )
-    return (
-        "<h2>Captions</h2><table><tr><th>image<th>as the web had it<th>dense caption"
-        f"{''.join(rows)}</table>"
-    )
+    shown = {kind: result.tables[kind] for kind in ("images", "captions")}
+    return f"<h2>Captions</h2>{sheet_of(shown, _CAPTION_SAMPLES, seed=0)}"
 
 
 def _curves(result: Result) -> str:
@@ -195,4 +176,4 @@ def _rejects(result: Result) -> str:
         f"<tr><td>{html.escape(r.get('source', r['id'][:12]))}<td>{html.escape(r['status'])}"
         for r in result.rejects[:200]
     )
-    return f"<h2>Rejected</h2><p>{len(result.rejects)} in all.</p><table>{rows}</table>"
+    return f"<h2>Rejected</h2><p>{result.num_rejected} in all.</p><table>{rows}</table>"

@@ -2,6 +2,8 @@
 
 Decodes table rows to latents and conditions, gives the objective's loss with every draw taken
 from the samples' own generators, and draws the fixed prompts along the way.
+
+Legend: B samples of this rank, C latent channels, K captions a row, Dt text feature width.
 """
 
 from collections.abc import Callable
@@ -10,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from pixart_jobs.encode import unpack_features
 from pixart_models.autoencoder import load_autoencoder, sample_moments
+from pixart_models.config import ModelInputError
 from pixart_models.diffusion import get_objective
 from pixart_models.drawing import Drawer, draw_classes
 from pixart_models.layers import PackedText, pack_text
@@ -32,11 +35,12 @@ LogImage = Callable[[NDArray[np.uint8], str, int], None]
 
 @dataclass
 class LatentBatch:
-    """One rank's samples: moments (B, 2C, h, w), and labels (B,) or features of each row."""
+    """One rank's samples: moments (B, 2C, h, w), and labels (B,) or a caption of each."""
 
     moments: Tensor
     labels: Tensor | None = None
-    features: list[Tensor] | None = None
+    features: Tensor | None = None  # (sum of num_tokens, Dt) bf16, captions one after the other
+    num_tokens: list[int] | None = None
     sizes: Tensor | None = None  # (B, 3), of a size-conditioned network
 
 
@@ -56,35 +60,37 @@ class LatentTask:
     min_snr_gamma: float | None = None
     token_drop: TokenDrop | None = None
     finish_at: int = 0  # images, whole batches: from there on all tokens are kept
+    caption_weights: tuple[float, ...] = ()  # of a row's captions; empty is all alike
 
     def __post_init__(self) -> None:
         name = self.snapshot.objective
         self._objective = get_objective(name, self.flow_location, self.min_snr_gamma)
         self._previewer: Callable[[nn.Module], dict[str, NDArray[np.uint8]]] | None = None
 
-    def decode(self, columns: dict[str, list[Any]]) -> LatentBatch:
+    def decode(self, columns: dict[str, list[Any]], draws: SampleDraws) -> LatentBatch:
+        """Rows of one bucket; their payloads are copied once, of the captions only one each."""
+        shape = (columns["latents.bucket_h"][0], columns["latents.bucket_w"][0])
+        packed = _gather(columns["latents.moments"], torch.float16)
         channels = 2 * self.snapshot.network.latent_channels
-        rows = zip(
-            columns["latents.moments"], columns["latents.bucket_h"], columns["latents.bucket_w"],
-            strict=True,
-        )  # fmt: skip
-        moments = torch.stack(
-            [
-                torch.frombuffer(bytearray(m), dtype=torch.float16).view(channels, h, w).float()
-                for m, h, w in rows
-            ]
-        )
-        if "text.features" in columns:
-            width = self.snapshot.network.text_width
-            features = [unpack_features(f, width).float() for f in columns["text.features"]]
-            if not self.snapshot.network.size_condition:
-                return LatentBatch(moments, features=features)
+        moments = packed.view(-1, channels, *shape).float()  # (B, 2C, h, w)
+        if "text.features" not in columns:
+            null = self.snapshot.network.num_classes
+            labels = [null if label is None else label for label in columns["images.label"]]
+            return LatentBatch(moments, labels=torch.tensor(labels))
+        width = self.snapshot.network.text_width
+        counts = np.array(columns["text.num_tokens"])  # (B, K)
+        chosen = np.arange(len(counts)), choose_captions(counts, self.caption_weights, draws)
+        ends, num_tokens = counts.cumsum(axis=1)[chosen], counts[chosen]
+        spans = zip(columns["text.features"], ends - num_tokens, ends, strict=True)
+        token = 2 * width  # bytes
+        captions = [memoryview(row)[token * start : token * end] for row, start, end in spans]
+        features = _gather(captions, torch.bfloat16, pinned=self.device.type == "cuda")
+        batch = LatentBatch(moments, None, features.view(-1, width), num_tokens.tolist())
+        if self.snapshot.network.size_condition:
             numbers = (columns[f"latents.{n}"] for n in ("height", "width", "bucket_h", "bucket_w"))
             sizes = [[y, x, h / w] for y, x, h, w in zip(*numbers, strict=True)]
-            return LatentBatch(moments, features=features, sizes=torch.tensor(sizes))
-        null = self.snapshot.network.num_classes
-        labels = [null if label is None else label for label in columns["images.label"]]
-        return LatentBatch(moments, labels=torch.tensor(labels))
+            batch.sizes = torch.tensor(sizes)
+        return batch
 
     def loss(self, model: nn.Module, batch: LatentBatch, draws: SampleDraws) -> Tensor:
         """Mean objective, in fp32, over this rank's samples; the draws' sequence is fixed."""
@@ -123,9 +129,11 @@ class LatentTask:
             null = self.snapshot.network.num_classes
             return self._upload(torch.where(dropped, null, batch.labels))
         assert batch.features is not None
-        kept = zip(batch.features, dropped.tolist(), strict=True)
-        packed = pack_text([self.null_features if drop else f for f, drop in kept])
-        return packed.to(self.device, dtype)
+        assert batch.num_tokens is not None
+        empty = self._upload(self.null_features)
+        captions = torch.split(self._upload(batch.features), batch.num_tokens)
+        kept = zip(captions, dropped.tolist(), strict=True)
+        return pack_text([empty if drop else f for f, drop in kept]).to(self.device, dtype)
 
     def preview(self, average: Average, images_seen: int) -> None:
         """Draw the fixed prompts (or each class) with fixed seeds; save and log the pictures."""
@@ -166,3 +174,40 @@ class LatentTask:
             return dict(zip(keys, drawn, strict=True))
 
         return draw_prompts
+
+
+def choose_captions(
+    num_tokens: NDArray[np.int64], weights: tuple[float, ...], draws: SampleDraws
+) -> NDArray[np.int64]:
+    """Which of its captions (B, K) each row is learned with, (B,): by weight among those that have
+    tokens, alike if these weigh nothing. Where K is 1 nothing is drawn. Raises ModelInputError.
+    """
+    num_captions = num_tokens.shape[1]
+    if num_captions == 1:
+        return np.zeros(len(num_tokens), np.int64)
+    if weights and len(weights) != num_captions:
+        raise ModelInputError(
+            f"caption.weights = {list(weights)}: the text table has {num_captions} captions a row; "
+            f"give as many"
+        )
+    present = num_tokens > 0
+    shares = present * np.array(weights or [1.0] * num_captions)
+    totals = np.where(shares.any(axis=1, keepdims=True), shares, present).cumsum(axis=1)
+    places = draws.uniform().double().numpy()[:, None] * totals[:, -1:]
+    chosen: NDArray[np.int64] = np.argmax(totals > places, axis=1)
+    return chosen
+
+
+def _gather(payloads: list[Any], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+    """Payloads one after the other, (values,): the one copy between storage and a step.
+
+    Pinned memory is kept by torch for the next batch, other memory by pyarrow's pool: with new
+    pages for every batch a copy takes three times as long.
+    """
+    num_bytes = sum(map(len, payloads))
+    if pinned:
+        flat = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    else:
+        flat = torch.frombuffer(pa.allocate_buffer(num_bytes), dtype=torch.uint8)
+    np.concatenate([np.frombuffer(p, np.uint8) for p in payloads], out=flat.numpy())
+    return flat.view(dtype)

@@ -134,7 +134,9 @@ def plan(recipe: Recipe, name: str, inputs: StageInputs, root: Path) -> StagePla
         _check_parent(inputs.parent, snapshot)
     # A switch that is off leaves no trace, so stages trained before it existed are still found.
     gamma = recipe.train.min_snr_gamma
-    weighing = {} if gamma is None else {"min_snr_gamma": gamma}
+    weighing: dict[str, Any] = {} if gamma is None else {"min_snr_gamma": gamma}
+    if recipe.caption.weights and settings.condition_on == "text":
+        weighing["caption_weights"] = recipe.caption.weights
     document = weighing | {
         "settings": settings.model_dump(mode="json", exclude={"start_from"}, exclude_none=True),
         "network": {n: v for n, v in network.to_dict().items() if n != "qk_norm" or v},
@@ -253,6 +255,7 @@ def _train_stage(stage: StagePlan, uri: str, run_id: str, lead: bool) -> None:
         min_snr_gamma=recipe.train.min_snr_gamma,
         token_drop=recipe.token_drop_of(settings),
         finish_at=stage.finish_at,
+        caption_weights=recipe.caption.weights if settings.condition_on == "text" else (),
     )
     train(
         task=task,
@@ -289,7 +292,7 @@ def build_index(stage: StagePlan) -> RowIndex:
         tables = {
             "images": (inputs.images, []),
             "latents": latents,
-            "text": (inputs.text, ["features"]),
+            "text": (inputs.text, ["features", "num_tokens"]),
         }
     return RowIndex(tables, Condition.parse(stage.settings.where))
 

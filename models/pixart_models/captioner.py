@@ -1,10 +1,13 @@
 """Captioners: who looks at a picture and writes what a text-to-image model should learn from.
 
-One interface, two implementations: the demo's reader of digit scenes, and any transformers
-image-text model (LLaVA class) asked with the paper's prompt. A picture that cannot be captioned
-gives its reason instead of a caption; the batch goes on.
+One interface, three implementations: the demo's reader of digit scenes, the raw caption, and any
+transformers image-text model (LLaVA, Qwen-VL) asked with the recipe's prompts, by default the
+paper's. A picture that cannot be captioned gives its reason instead of a caption; the batch goes
+on.
 """
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,33 +18,47 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixart_models.digits import DigitReader, UnreadableImage, describe
-from pixart_models.text import ModelSpec, explain_failure, find_model, require_all_weights
+from pixart_models.revision import model_revision, revision_of
+from pixart_models.text import (
+    ModelSpec,
+    explain_failure,
+    find_model,
+    require_all_weights,
+)
 
 BUILTIN = "builtin:digits"
 RAW = "builtin:raw"
+VLLM = "vllm:"
 SPEC = ModelSpec(
     "captioner", "AutoModelForImageTextToText", others=("*.json", "*.jinja", "*.model", "*.txt")
 )
 PROMPT_WITH_CAPTION = 'Given the caption of this image "{caption}", {request}'
+_MAX_RAW_CHARS = 2000  # of a raw caption shown to a model: a web page would drown the picture
+_MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{1,20}\]")  # <image>, <|im_end|>, </s>, [INST]
+_SENTENCE = re.compile(r".*[.!?][\"')\]]*(?=\s|$)", re.DOTALL)
+_FAULTS = (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A dense caption, or the reason there is none."""
+    """A caption, or the reason there is none."""
 
     text: str = ""
     problem: str = ""
 
 
 class Captioner(Protocol):
-    """Writes a caption for each picture (H, W, 3) uint8, given the raw captions it came with."""
+    """Writes captions for pictures (H, W, 3) uint8, given the raw captions they came with."""
 
     name: str
     revision: str
 
     def caption(
         self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]
-    ) -> list[Caption]: ...
+    ) -> list[list[Caption]]:
+        """For each picture its captions: one a prompt, in order; one where nothing is prompted."""
+        ...
 
 
 class DigitCaptioner:
@@ -55,14 +72,14 @@ class DigitCaptioner:
 
     def caption(
         self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]
-    ) -> list[Caption]:
-        captions = []
-        for image in images:
-            try:
-                captions.append(Caption(describe(self._reader.read(image))))
-            except UnreadableImage as error:
-                captions.append(Caption(problem=str(error)))
-        return captions
+    ) -> list[list[Caption]]:
+        return [[self._describe(image)] for image in images]
+
+    def _describe(self, image: NDArray[np.uint8]) -> Caption:
+        try:
+            return Caption(describe(self._reader.read(image)))
+        except UnreadableImage as error:
+            return Caption(problem=str(error))
 
 
 class RawCaptioner:
@@ -73,19 +90,26 @@ class RawCaptioner:
 
     def caption(
         self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]
-    ) -> list[Caption]:
-        return [Caption(raw) if raw else Caption(problem="no raw caption") for raw in raw_captions]
+    ) -> list[list[Caption]]:
+        return [[Caption(raw, "" if raw else "no raw caption")] for raw in raw_captions]
 
 
 class VisionLanguageCaptioner:
-    """A transformers image-text-to-text model, asked ``prompt`` about each picture.
+    """A transformers image-text-to-text model, asked each of ``prompts`` about each picture.
 
-    Where a raw caption exists it is offered as context, as the paper does. Decoding is greedy, so
-    a table can be made again; bf16 on an accelerator, fp32 on CPU.
+    With ``show_raw`` a raw caption is offered as context, as the paper does. Decoding is greedy, so
+    a table can be made again; bf16 on an accelerator, fp32 on CPU. What is cut off after
+    ``max_new_tokens`` ends at its last full sentence. Raises ModelNotFound.
     """
 
     def __init__(
-        self, source: str, prompt: str, max_new_tokens: int = 256, device: str = "cpu"
+        self,
+        source: str,
+        prompts: Sequence[str],
+        *,
+        show_raw: bool = True,
+        max_new_tokens: int = 256,
+        device: str = "cpu",
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -99,48 +123,94 @@ class VisionLanguageCaptioner:
             )  # fmt: skip
         require_all_weights(SPEC, source, report)
         self._model = self._model.to(device).eval()
-        self._processor.tokenizer.padding_side = "left"  # generation continues from the right end
-        self.name = source
-        self.revision = folder.name if folder.parent.name == "snapshots" else "local"
-        self._prompt, self._max_new_tokens = prompt, max_new_tokens
+        tokenizer = self._processor.tokenizer
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        self.name, self.revision = source, revision_of(folder)
+        self._prompts, self._show_raw = tuple(prompts), show_raw
+        self._max_new_tokens = max_new_tokens
 
-    def _ask(self, raw_caption: str) -> str:
-        request = self._prompt
-        if mark := getattr(self._processor, "image_token", ""):
-            raw_caption = raw_caption.replace(mark, " ").strip()  # it would ask for a second image
-        if raw_caption:
-            request = PROMPT_WITH_CAPTION.format(
-                caption=raw_caption, request=request[:1].lower() + request[1:]
-            )
+    def _ask(self, prompt: str, raw_caption: str) -> str:
+        request = compose_request(prompt, raw_caption if self._show_raw else "")
         if getattr(self._processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": request}]
             chat = [{"role": "user", "content": content}]
             return str(self._processor.apply_chat_template(chat, add_generation_prompt=True))
         return f"USER: {self._processor.image_token}\n{request} ASSISTANT:"  # LLaVA 1.5's format
 
-    @torch.inference_mode()
     def caption(
         self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]
-    ) -> list[Caption]:
+    ) -> list[list[Caption]]:
+        pictures = [Image.fromarray(image) for image in images]
+        by_prompt = [
+            self._answer(pictures, [self._ask(prompt, raw) for raw in raw_captions])
+            for prompt in self._prompts
+        ]
+        return [list(captions) for captions in zip(*by_prompt, strict=True)]
+
+    def _answer(self, pictures: list[Image.Image], texts: list[str]) -> list[Caption]:
+        """A batch that fails is halved until the pictures that fail alone, whose problem it is, are
+        apart from the others, and until the GPU's memory holds it."""
+        try:
+            return self._generate(pictures, texts)
+        except torch.AcceleratorError:  # the device is lost, which is no picture's fault
+            raise
+        except torch.OutOfMemoryError:  # its own words tell sizes, which differ between runs
+            problem = "out of GPU memory"
+        except _FAULTS as error:
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        half = len(pictures) // 2
+        if not half:
+            return [Caption(problem=problem)] * len(pictures)
+        logger.warning("captioning %d pictures by halves: %s", len(pictures), problem)
+        first = self._answer(pictures[:half], texts[:half])
+        return first + self._answer(pictures[half:], texts[half:])
+
+    @torch.inference_mode()
+    def _generate(self, pictures: list[Image.Image], texts: list[str]) -> list[Caption]:
+        tokenizer = self._processor.tokenizer
+        has_start = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
         inputs = self._processor(
-            images=[Image.fromarray(image) for image in images],
-            text=[self._ask(raw) for raw in raw_captions],
-            padding=True,
-            return_tensors="pt",
-        ).to(self._model.device, self._model.dtype)
+            images=[[picture] for picture in pictures], text=texts, return_tensors="pt",
+            padding=True, padding_side="left",  # generation continues from the right end
+            add_special_tokens=not has_start,
+        ).to(self._model.device, self._model.dtype)  # fmt: skip
         written = self._model.generate(
             **inputs, max_new_tokens=self._max_new_tokens, do_sample=False
-        )
-        new_tokens = written[:, inputs["input_ids"].shape[1] :]
-        texts = self._processor.batch_decode(new_tokens, skip_special_tokens=True)
-        return [
-            Caption(text.strip()) if text.strip() else Caption(problem="the model wrote nothing")
-            for text in texts
-        ]
+        )[:, inputs["input_ids"].shape[1] :]
+        ends = self._model.generation_config.eos_token_id
+        ends = torch.tensor(ends if ends is not None else [], device=written.device)
+        finished = torch.isin(written, ends).any(dim=1).tolist()
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [make_caption(text, done) for text, done in zip(texts, finished, strict=True)]
+
+
+def compose_request(prompt: str, raw_caption: str | None) -> str:
+    """What is asked about a picture; the raw caption goes before, where there is one.
+
+    Of a raw caption the first 2000 characters, without what reads like a model's control token: an
+    ``<image>`` would ask for a second picture.
+    """
+    shown = " ".join(_MARK.sub(" ", (raw_caption or "")[:_MAX_RAW_CHARS]).split())
+    if not shown:
+        return prompt
+    return PROMPT_WITH_CAPTION.format(caption=shown, request=prompt[:1].lower() + prompt[1:])
+
+
+def make_caption(text: str, finished: bool) -> Caption:
+    """What a model wrote, up to its last full sentence (if it has one) unless it finished."""
+    text = text.strip()
+    if not finished and (whole := _SENTENCE.match(text)):
+        text = whole[0]
+    return Caption(text, "" if text else "the model wrote nothing")
 
 
 def load_captioner(
-    source: str, *, prompt: str, max_new_tokens: int, device: str = "cpu"
+    source: str,
+    *,
+    prompts: Sequence[str],
+    show_raw: bool = True,
+    max_new_tokens: int = 256,
+    device: str = "cpu",
 ) -> Captioner:
     """``builtin:digits``, ``builtin:raw``, or a vision-language model by local folder or hub id.
 
@@ -150,4 +220,11 @@ def load_captioner(
         return DigitCaptioner()
     if source == RAW:
         return RawCaptioner()
-    return VisionLanguageCaptioner(source, prompt, max_new_tokens, device)
+    return VisionLanguageCaptioner(
+        source, prompts, show_raw=show_raw, max_new_tokens=max_new_tokens, device=device
+    )
+
+
+def captioner_revision(source: str) -> str:
+    """The ``model_revision`` of a captioner, with or without ``vllm:``. Raises ModelNotFound."""
+    return model_revision(SPEC, source.removeprefix(VLLM))

@@ -115,6 +115,6 @@ def step_memory(
     optimizer = (optimizer_bytes + 4 * ema_copies) * parameters
     live = weights + optimizer + workspace + max(activations, gradients)
     # Measured with glibc 2.36: an aligned tensor often does not fit the hole an equal one left.
-    reused = 0.15 * activations + 0.6 * min(activations, gradients)
+    reused = 0.12 * activations + 0.45 * min(activations, gradients)
     total = live + round(9 * unit * d * sum(blocks) if recompute else reused)
     return StepMemory(weights, gradients, optimizer, activations, workspace, live, total)

@@ -82,12 +82,12 @@ def find_model(spec: ModelSpec, source: str) -> ModelFiles:
     """
     local = Path(source).expanduser()
     configs = ["config.json", *([f"{spec.part}/config.json"] if spec.part else [])]
-    root = local if local.is_dir() else _download(spec, source, configs)
+    root = local if local.is_dir() else download(spec, source, configs)
     part = "" if (root / "config.json").is_file() or not spec.part else f"{spec.part}/"
     if root != local:
         weights = (f"{spec.stem}{end}" for end in (".safetensors*", "-0*.safetensors"))
         wanted = [part + name for name in ("config.json", *weights)]
-        root = _download(spec, source, [*wanted, *spec.others])
+        root = download(spec, source, [*wanted, *spec.others])
     folder = root / part
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
@@ -104,7 +104,7 @@ def find_model(spec: ModelSpec, source: str) -> ModelFiles:
     return ModelFiles(root, folder, _list_weights(spec, source, folder))
 
 
-def _download(spec: ModelSpec, source: str, patterns: list[str]) -> Path:
+def download(spec: ModelSpec, source: str, patterns: list[str]) -> Path:
     """The hub's ``source`` in the local cache, with the files of these patterns."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

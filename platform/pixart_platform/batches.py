@@ -1,23 +1,27 @@
 """From tables to batches: which rows a stage may use, and reading them ahead of the step.
 
 ``RowIndex`` turns aligned tables and a condition into the counts an Order needs and back from
-sample numbers to rows. ``Prefetcher`` reads and decodes the next batches on a thread, so that a
-step never waits for storage.
+sample numbers to rows: a byte a row, and a few a block (row group). Payloads stay in the mapped
+file until a batch copies them (``blocks``). ``Prefetcher`` reads and decodes the next batches on
+threads, so that a step never waits for storage.
 """
 
 import operator
 import re
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from functools import partial
+from threading import Lock
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pixart_platform.blocks import Block, read_block
 from pixart_platform.errors import RecipeError
 from pixart_platform.order import Bucket
 from pixart_platform.tables import OK, ROW_GROUP_ROWS, SCHEMAS, Table, check_aligned
@@ -26,7 +30,9 @@ _OPERATORS: dict[str, Callable[[Any, float], Any]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
     ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
-_CACHED_BLOCKS = 256
+_THREADS = 16  # requests under way at a time
+_CACHE_BYTES = 4 << 30
+_BLOCK_BYTES = 256 << 10  # counted for a block whose payloads are mapped; keeps maps below 65,530
 
 
 @dataclass(frozen=True)
@@ -64,92 +70,154 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
+class _Part(NamedTuple):
+    """Eligible rows of a partition in one bucket: blocks that have some, how many, which."""
+
+    blocks: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    rows: NDArray[np.uint8]  # within their block
+
+
 class RowIndex:
-    """Eligible rows of aligned tables, by bucket and block (row group), in table order.
+    """Eligible rows of aligned tables, by bucket and block, in table order.
 
     ``tables`` maps a prefix to (table, columns to read). A row is eligible when its status is ok
-    in every table and ``where`` holds on the table prefixed ``images``.
+    in every table and ``where`` holds on the table prefixed ``images``. ``counts`` are of the
+    blocks that have eligible rows.
     """
 
-    def __init__(self, tables: dict[str, tuple[Table, list[str]]], where: Condition) -> None:
+    def __init__(
+        self,
+        tables: dict[str, tuple[Table, list[str]]],
+        where: Condition,
+        cache_bytes: int = _CACHE_BYTES,
+    ) -> None:
         check_aligned([table for table, _ in tables.values()])
-        self._tables = tables
-        latents = tables["latents"][0]
-        by_bucket: dict[Bucket, list[tuple[int, NDArray[np.int64]]]] = {}
-        block = 0
-        self._blocks: list[tuple[int, int]] = []  # (partition, row group)
-        for k in range(latents.num_partitions):
-            chosen = self._eligible(k, where)
-            shapes = latents.read(k, ["bucket_h", "bucket_w"])
-            height, width = (shapes[c].to_numpy() for c in ("bucket_h", "bucket_w"))
-            for group, start in enumerate(range(0, len(chosen), ROW_GROUP_ROWS)):
-                rows = np.flatnonzero(chosen[start : start + ROW_GROUP_ROWS])
-                self._blocks.append((k, group))
-                shape = np.stack([height, width], 1)[start + rows]
-                for bucket in {(int(h), int(w)) for h, w in shape}:
-                    of_bucket = rows[(shape == bucket).all(1)]
-                    by_bucket.setdefault(bucket, []).append((block, of_bucket))
-                block += 1
-        self._rows: dict[Bucket, NDArray[np.int64]] = {}  # (samples, 2): block, row in block
-        self.counts: dict[Bucket, list[int]] = {}
-        for bucket, parts in by_bucket.items():
-            self._rows[bucket] = np.concatenate(
-                [np.stack([np.full(len(r), b), r], 1) for b, r in parts]
-            )
-            self.counts[bucket] = [len(rows) for _, rows in parts]
-        self._read_block = lru_cache(maxsize=_CACHED_BLOCKS)(self._read_block_uncached)
+        _check_columns(where, tables["images"][0])
+        self._tables, self._cache_bytes = tables, cache_bytes
+        files = tables["latents"][0].manifest.files
+        self._num_rows = [sum(file.counts.values()) for file in files]
+        blocks = [-(-num_rows // ROW_GROUP_ROWS) for num_rows in self._num_rows]
+        self._first_blocks = np.cumsum([0, *blocks])  # of each partition
+        self._parts = self._scan(where)
+        self._ends = {b: np.cumsum(p.counts, dtype=np.int64) for b, p in self._parts.items()}
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read")
+        self._blocks: OrderedDict[int, Future[Block]] = OrderedDict()  # the latest used last
+        self._sizes: dict[int, int] = {}  # of those that are there
+        self._held = 0
 
-    def _eligible(self, k: int, where: Condition) -> NDArray[np.bool_]:
-        images = self._tables["images"][0]
-        known = [f.name for f in SCHEMAS[images.manifest.schema] if _is_number(f.type)]
-        for column in where.columns:
-            if column not in known:
-                raise RecipeError(
-                    f"where: the image table has no column {column!r} of numbers; one of {known}"
-                )
-        chosen = where.select(images.read(k, [*where.columns, "status"]))
-        for table, _ in self._tables.values():
-            chosen &= np.array([s == OK for s in table.read(k, ["status"])["status"].to_pylist()])
-        return chosen
+    @property
+    def counts(self) -> dict[Bucket, NDArray[np.int32]]:
+        return {bucket: part.counts for bucket, part in self._parts.items()}
 
-    def _read_block_uncached(self, block: int) -> dict[str, list[Any]]:
-        k, group = self._blocks[block]
-        columns: dict[str, list[Any]] = {}
-        for prefix, (table, names) in self._tables.items():
-            rows = pq.ParquetFile(table.path(k)).read_row_group(group, columns=names)
-            columns |= {f"{prefix}.{name}": rows[name].to_pylist() for name in names}
-        return columns
+    def _scan(self, where: Condition) -> dict[Bucket, _Part]:
+        found: defaultdict[Bucket, list[_Part]] = defaultdict(list)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="scan") as pool:
+            scanned = pool.map(partial(self._scan_partition, where), range(len(self._num_rows)))
+            for bucket, part in (item for items in scanned for item in items):
+                found[bucket].append(part)
+        return {
+            bucket: _Part(*map(np.concatenate, zip(*parts, strict=True)))
+            for bucket, parts in sorted(found.items())
+        }
+
+    def _scan_partition(self, where: Condition, k: int) -> list[tuple[Bucket, _Part]]:
+        """A status is read only where the manifest counts others than ok."""
+        needed = {"images": where.columns, "latents": ["bucket_h", "bucket_w"]}
+        chosen = np.ones(self._num_rows[k], bool)
+        for prefix, (table, _) in self._tables.items():
+            has_rejects = not set(table.manifest.files[k].counts) <= {OK}
+            names = [*needed.get(prefix, ()), *(["status"] if has_rejects else [])]
+            rows = table.read(k, names) if names else pa.table({})
+            if has_rejects:
+                chosen &= pc.equal(rows["status"], OK).to_numpy()
+            if prefix == "images" and where.terms:
+                chosen &= where.select(rows)
+            if prefix == "latents":
+                sides = (rows[side].to_numpy().astype(np.int64) for side in needed[prefix])
+                shapes = next(sides) << 32 | next(sides)
+        eligible = np.flatnonzero(chosen)
+        parts = []
+        for shape in np.unique(shapes[eligible]).tolist():
+            group, row = divmod(eligible[shapes[eligible] == shape], ROW_GROUP_ROWS)
+            groups, counts = np.unique(group, return_counts=True)
+            blocks = (self._first_blocks[k] + groups).astype(np.int32)
+            part = _Part(blocks, counts.astype(np.int32), row.astype(np.uint8))
+            parts.append(((shape >> 32, shape & 0xFFFFFFFF), part))
+        return parts
 
     def fetch(self, bucket: Bucket, samples: NDArray[np.int64]) -> dict[str, list[Any]]:
-        """Columns ``prefix.name`` of these samples, in their order."""
-        columns: dict[str, list[Any]] = {
-            f"{prefix}.{name}": [] for prefix, (_, names) in self._tables.items() for name in names
+        """Columns ``prefix.name`` of these samples, in their order; payloads are memoryviews."""
+        part = self._parts[bucket]
+        places = np.searchsorted(self._ends[bucket], samples, side="right")
+        blocks, rows = part.blocks[places].tolist(), part.rows[samples].tolist()
+        loading = {block: self._load(block) for block in dict.fromkeys(blocks)}
+        loaded = {block: future.result() for block, future in loading.items()}
+        return {
+            f"{prefix}.{name}": [
+                loaded[block][f"{prefix}.{name}"](row)
+                for block, row in zip(blocks, rows, strict=True)
+            ]
+            for prefix, (_, names) in self._tables.items()
+            for name in names
         }
-        for block, row in self._rows[bucket][samples].tolist():
-            values = self._read_block(block)
-            for name, column in columns.items():
-                column.append(values[name][row])
+
+    def _load(self, block: int) -> Future[Block]:
+        """A block, read once, whoever asks for it meanwhile."""
+        with self._lock:
+            if block not in self._blocks:
+                self._blocks[block] = self._pool.submit(self._read_block, block)
+            self._blocks.move_to_end(block)
+            return self._blocks[block]
+
+    def _read_block(self, block: int) -> Block:
+        k = int(np.searchsorted(self._first_blocks, block, side="right")) - 1
+        columns: Block = {}
+        num_bytes = _BLOCK_BYTES
+        for prefix, (table, names) in self._tables.items():
+            if names:
+                read, in_memory = read_block(table, k, block - int(self._first_blocks[k]), names)
+                columns |= {f"{prefix}.{name}": column for name, column in read.items()}
+                num_bytes += in_memory
+        with self._lock:
+            self._sizes[block] = num_bytes
+            self._held += num_bytes
+            while self._held > self._cache_bytes:
+                oldest = next(block for block in self._blocks if block in self._sizes)
+                del self._blocks[oldest]
+                self._held -= self._sizes.pop(oldest)
         return columns
+
+
+def _check_columns(where: Condition, images: Table) -> None:
+    """Raise RecipeError unless the condition's columns are numbers of the image table."""
+    known = [f.name for f in SCHEMAS[images.manifest.schema] if _is_number(f.type)]
+    for column in where.columns:
+        if column not in known:
+            raise RecipeError(
+                f"where: the image table has no column {column!r} of numbers; one of {known}"
+            )
 
 
 Item = TypeVar("Item")
 
 
 class Prefetcher(Generic[Item]):
-    """Items ``first..last - 1`` of a function, computed ahead on one thread, in order."""
+    """Items ``first..last - 1`` of a function, computed ahead on ``depth`` threads, in order."""
 
     def __init__(self, make: Callable[[int], Item], first: int, last: int, depth: int = 4) -> None:
         self._make, self._next, self._last, self._depth = make, first, last, depth
 
     def __iter__(self) -> Iterator[Item]:
-        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-            waiting: list[Future[Item]] = []
+        with ThreadPoolExecutor(self._depth, thread_name_prefix="prefetch") as pool:
+            waiting: deque[Future[Item]] = deque()
             try:
                 while waiting or self._next < self._last:
                     while self._next < self._last and len(waiting) < self._depth:
                         waiting.append(pool.submit(self._make, self._next))
                         self._next += 1
-                    yield waiting.pop(0).result()
+                    yield waiting.popleft().result()
             finally:
                 for future in waiting:
                     future.cancel()

@@ -5,31 +5,44 @@ Written last, once. A folder without one did not happen, and consumers refuse it
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pixart_platform.errors import ManifestError
+from pixart_platform.errors import ManifestError, StorageError
 from pixart_platform.recipe import digest_of
-from pixart_platform.storage import create_once, sha256_file
+from pixart_platform.storage import FileAbsent, Folder, LocalFolder, open_folder, sha256_of
 
 MANIFEST_FILE = "manifest.json"
+_VERIFY_THREADS = 8
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: its name in the folder, size, SHA-256, and rows by status where it has rows."""
+    """One file: its name in the folder, size, SHA-256, and rows by status where it has rows.
+
+    ``key`` names what a partition was made from. ``folder`` is empty, or the neighbour that holds
+    the file: a table that grew refers to the partitions it took over instead of copying them.
+    """
 
     name: str
     num_bytes: int
     sha256: str
     counts: dict[str, int] = field(default_factory=dict)
+    key: str = ""
+    folder: str = ""
 
     @classmethod
     def of(cls, path: Path, counts: dict[str, int] | None = None) -> "FileRecord":
-        return cls(path.name, path.stat().st_size, sha256_file(path), counts or {})
+        digest = sha256_of(LocalFolder(path.parent), path.name)
+        return cls(path.name, path.stat().st_size, digest, counts or {})
+
+    def home(self, folder: Folder) -> Folder:
+        """The folder that holds the file of a manifest in ``folder``."""
+        return folder.parent / self.folder if self.folder else folder
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,8 @@ class Manifest:
     def digest(self) -> str:
         content = asdict(self)
         del content["producer"], content["commit"]
+        for record in content["files"]:  # where a file lies, and from what it was made, is not
+            del record["key"], record["folder"]  # what it holds
         return digest_of(content)
 
     @property
@@ -67,52 +82,69 @@ class Manifest:
     def num_rows(self) -> int:
         return sum(self.counts.values())
 
-    def commit_to(self, folder: Path) -> "Manifest":
+    def commit_to(self, place: Path | Folder) -> "Manifest":
         """Write it, once. If another writer won with other content, raises ManifestError."""
+        folder = open_folder(place)
         document = asdict(self) | {
             "producer": f"pixart-ray {version('pixart-ray')}",
             "commit": current_commit(),
         }
+        document["checksum"] = digest_of(document)
         data = json.dumps(document, indent=1, sort_keys=True).encode()
-        if not create_once(folder / MANIFEST_FILE, data):
+        if not folder.create_once(MANIFEST_FILE, data):
             existing = load_manifest(folder)
             if existing.digest != self.digest:
                 raise ManifestError(
-                    f"{folder}: another writer has committed digest {existing.digest}, this one "
-                    f"has {self.digest}; nothing was overwritten, give one of them another folder"
+                    f"{folder.uri}: another writer has committed digest {existing.digest}, this "
+                    f"one has {self.digest}; nothing was overwritten, give one another folder"
                 )
         return load_manifest(folder)
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest of ``folder``. Raises ManifestError when missing or malformed."""
-    path = folder / MANIFEST_FILE
+def load_manifest(place: Path | Folder) -> Manifest:
+    """Read the manifest of a folder. Raises ManifestError when missing or malformed."""
+    folder = open_folder(place)
     try:
-        raw = json.loads(path.read_text())
-        raw["files"] = tuple(FileRecord(**record) for record in raw["files"])
-        return Manifest(**raw)
-    except FileNotFoundError as error:
-        state = "is unfinished or not ours" if folder.is_dir() else "does not exist"
+        raw = json.loads(folder.read(MANIFEST_FILE))
+        files = tuple(FileRecord(**record) for record in raw["files"])
+        checksum = raw.pop("checksum", None)  # manifests of 0.1 have none
+        if checksum not in (None, digest_of(raw)):
+            raise ValueError("its content does not match its checksum")
+        return Manifest(**raw | {"files": files})
+    except FileAbsent as error:
         raise ManifestError(
-            f"{folder} {state}: it has no {MANIFEST_FILE}; run the job that writes it"
+            f"{folder.uri} is unfinished, not ours or not there: it has no {MANIFEST_FILE}; run "
+            f"the job that writes it"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ManifestError(f"{path}: unreadable ({error}); restore it or redo the job") from error
+    except (StorageError, ValueError, TypeError, KeyError) as error:
+        raise ManifestError(
+            f"{folder.uri}/{MANIFEST_FILE}: unreadable ({error}); restore it or redo the job"
+        ) from error
 
 
-def verify_folder(folder: Path) -> Manifest:
+def verify_folder(place: Path | Folder) -> Manifest:
     """Check every file against the manifest. Raises ManifestError naming the first that differs."""
+    folder = open_folder(place)
     manifest = load_manifest(folder)
-    for record in manifest.files:
-        path = folder / record.name
-        if not path.is_file():
-            raise ManifestError(f"{path}: missing, though the manifest lists it")
-        if path.stat().st_size != record.num_bytes or sha256_file(path) != record.sha256:
-            raise ManifestError(
-                f"{path}: its bytes are not the ones the manifest lists (sha256 "
-                f"{record.sha256[:12]}...); restore the file"
-            )
+    with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
+        for fault in pool.map(partial(_find_fault, folder), manifest.files):
+            if fault:
+                raise ManifestError(fault)
     return manifest
+
+
+def _find_fault(folder: Folder, record: FileRecord) -> str:
+    home = record.home(folder)
+    path = f"{home.uri}/{record.name}"
+    found = home.find(record.name)
+    if found is None:
+        return f"{path}: missing, though the manifest lists it; restore the file"
+    if found.num_bytes != record.num_bytes or sha256_of(home, record.name) != record.sha256:
+        return (
+            f"{path}: its bytes are not the ones the manifest lists (sha256 "
+            f"{record.sha256[:12]}...); restore the file"
+        )
+    return ""
 
 
 @cache

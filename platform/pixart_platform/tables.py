@@ -2,49 +2,73 @@
 
 Partition k of every table holds the same ids in the same order as partition k of the image table,
 rejected rows included (empty payload, ``status`` says why), so a join is a zip and nothing is lost
-or doubled. A partition is finished when its record is; redoing a job redoes only the others.
+or doubled. A partition is finished when its record is; redoing a job redoes only the others. A
+partition's key says what it was made from, so when a source grows, every later table takes over the
+partitions that it has already and makes the new ones.
 
 Payloads are plain binary columns, uncompressed: latents and bf16 features do not compress, and
 tensor-extension columns carry metadata we will not trust (CVE-2026-41486).
 """
 
-import io
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from pixart_platform.errors import ManifestError
-from pixart_platform.manifest import MANIFEST_FILE, FileRecord, Manifest, load_manifest
+from pixart_platform.errors import ManifestError, StorageError
+from pixart_platform.manifest import (
+    MANIFEST_FILE,
+    FileRecord,
+    Manifest,
+    load_manifest,
+    verify_folder,
+)
 from pixart_platform.recipe import digest_of
-from pixart_platform.storage import write_atomic
+from pixart_platform.storage import Folder, LocalFolder, open_folder
 
 OK = "ok"
 ROW_GROUP_ROWS = 256
+_RECORDS = "_records/"
+_RECORD_THREADS = 16
+_log = logging.getLogger(__name__)
 
 _ID = [pa.field("id", pa.string()), pa.field("status", pa.string())]
 SCHEMAS: dict[str, pa.Schema] = {
-    "images/1": pa.schema(
+    "images/2": pa.schema(
         [
             *_ID,
             pa.field("source", pa.string()),
+            pa.field("uri", pa.string()),  # where the bytes are, when they are not in the table
             pa.field("bytes", pa.binary()),
             pa.field("width", pa.int32()),
             pa.field("height", pa.int32()),
             pa.field("raw_caption", pa.string()),
             pa.field("label", pa.int32()),
             pa.field("quality", pa.float32()),
+            pa.field("phash", pa.uint64()),
             pa.field("truth", pa.string()),
         ]
     ),
-    "captions/1": pa.schema([*_ID, pa.field("caption", pa.string())]),
-    "text/1": pa.schema(
-        [*_ID, pa.field("features", pa.binary()), pa.field("num_tokens", pa.int32())]
+    "selection/1": pa.schema(_ID),
+    "captions/2": pa.schema([*_ID, pa.field("captions", pa.list_(pa.string()))]),
+    "text/2": pa.schema(  # features of all captions of a row, one after the other
+        [
+            *_ID,
+            pa.field("features", pa.large_binary()),
+            pa.field("num_tokens", pa.list_(pa.int32())),
+        ]
     ),
     "latents/1": pa.schema(
         [
@@ -59,26 +83,22 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 
 
-def partition_name(k: int) -> str:
-    return f"part-{k:05d}.parquet"
-
-
-def _encode_parquet(rows: pa.Table) -> bytes:
-    buffer = io.BytesIO()
+def _encode_parquet(rows: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
     pq.write_table(
-        rows, buffer, row_group_size=ROW_GROUP_ROWS, compression="none", use_dictionary=False,
+        rows, sink, row_group_size=ROW_GROUP_ROWS, compression="none", use_dictionary=False,
         write_statistics=False,
     )  # fmt: skip
-    return buffer.getvalue()
+    return sink.getvalue()
 
 
 def count_statuses(rows: pa.Table) -> dict[str, int]:
-    """Rows by status; a status's detail after the first ``:`` is left out of the count."""
+    """Rows by status; of a reason the words before the first number or parenthesis count."""
     counts: dict[str, int] = {}
-    for status in rows["status"].to_pylist():
-        kind = status.partition(":")[0]
-        counts[kind] = counts.get(kind, 0) + 1
-    return counts
+    for entry in pc.value_counts(rows["status"]).to_pylist():
+        reason = re.split(r"\s*[(\d]", entry["values"])[0]
+        counts[reason] = counts.get(reason, 0) + entry["counts"]
+    return dict(sorted(counts.items()))
 
 
 @dataclass(frozen=True)
@@ -86,69 +106,136 @@ class TableWriter:
     """Writes one table, partition by partition, from any process, and commits it once.
 
     ``folder`` must be this table's own: its name carries ``digest_of(settings, inputs)``, so other
-    settings never meet old partitions.
+    settings never meet old partitions. ``keys`` name what each partition is made from; equal keys
+    mean equal work, and ``adopt`` takes it over.
     """
 
-    folder: Path
+    folder: Folder
     schema: str
     settings: dict[str, Any]
     inputs: dict[str, str]
+    keys: tuple[str, ...]
 
     @classmethod
     def under(
-        cls, root: Path, name: str, schema: str, settings: dict[str, Any], inputs: dict[str, str]
+        cls,
+        root: Folder,
+        name: str,
+        schema: str,
+        settings: dict[str, Any],
+        inputs: Mapping[str, "Table"],
+        parts: Sequence[str] = (),
     ) -> "TableWriter":
-        """The writer of ``root/name-<digest>``, where digest names the settings and inputs."""
-        digest = digest_of({"schema": schema, "settings": settings, "inputs": inputs})
-        return cls(root / f"{name}-{digest[:8]}", schema, settings, inputs)
+        """The writer of ``root/name-<digest>``, where digest names the settings and inputs.
+
+        A partition is made from its number's files of the inputs, or from what ``parts`` names; of
+        ``settings`` those that begin with ``_`` name what all the parts make up.
+        """  # fmt: skip
+        digests = {kind: table.digest for kind, table in inputs.items()}
+        digest = digest_of({"schema": schema, "settings": settings, "inputs": digests})
+        asked = {key: value for key, value in settings.items() if not key.startswith("_")}
+        made_from = zip(*(t.manifest.files for t in inputs.values()), strict=True)
+        parts = parts or ["".join(f.sha256 for f in files) for files in made_from]
+        keys = (digest_of({"schema": schema, "settings": asked, "part": part}) for part in parts)
+        return cls(root / f"{name}-{digest[:8]}", schema, settings, digests, tuple(keys))
+
+    @property
+    def num_partitions(self) -> int:
+        return len(self.keys)
 
     @property
     def is_committed(self) -> bool:
-        return (self.folder / MANIFEST_FILE).is_file()
+        return self.folder.find(MANIFEST_FILE) is not None
 
-    def _record_path(self, k: int) -> Path:
-        return self.folder / "_records" / f"{k:05d}.json"
+    def written(self) -> set[int]:
+        """Finished partitions: those whose record, written last, is there."""
+        names = (entry.name for entry in self.folder.walk(_RECORDS))
+        return {int(name[len(_RECORDS) : -len(".json")]) for name in names}
 
     def is_written(self, k: int) -> bool:
-        """Whether partition ``k`` is finished: its record, written last, is there."""
-        return self._record_path(k).is_file() and (self.folder / partition_name(k)).is_file()
+        return self.folder.find(_record_name(k)) is not None
+
+    def adopt(self) -> int:
+        """Take over unwritten partitions that committed neighbours made from the same; how many.
+
+        A neighbour is a table of the same kind beside this one. Its files stay where they are.
+        """
+        kind = self.folder.name.rpartition("-")[0]
+        missing = set(range(self.num_partitions)) - self.written()
+        known: dict[str, FileRecord] = {}
+        for name in self.folder.parent.children() if missing else []:
+            if name.rpartition("-")[0] == kind and name != self.folder.name:
+                neighbour = self.folder.parent / name
+                if neighbour.find(MANIFEST_FILE):
+                    known |= {
+                        record.key: replace(record, folder=record.folder or name)
+                        for record in load_manifest(neighbour).files
+                    }
+        adopted = [(k, known[self.keys[k]]) for k in sorted(missing) if self.keys[k] in known]
+        for k, record in adopted:
+            self._record(k, record)
+        return len(adopted)
 
     def write(self, k: int, rows: pa.Table) -> None:
-        """Write partition ``k`` whole: data first, record last."""
-        exact = rows.select(SCHEMAS[self.schema].names).cast(SCHEMAS[self.schema])
-        path = self.folder / partition_name(k)
-        write_atomic(path, _encode_parquet(exact))
-        record = FileRecord.of(path, count_statuses(exact))
-        write_atomic(self._record_path(k), json.dumps(asdict(record)).encode())
+        """Write partition ``k`` whole: data first, record last.
 
-    def commit(self, num_partitions: int, extra: dict[str, Any] | None = None) -> "Table":
+        The data's name carries its digest and the first record stays, so that of two writers of a
+        partition one is believed and the other's file is deleted.
+        """
+        exact = rows.select(SCHEMAS[self.schema].names).cast(SCHEMAS[self.schema])
+        data = _encode_parquet(exact)
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"part-{k:05d}-{digest[:8]}.parquet"
+        self.folder.write(name, memoryview(data))
+        record = FileRecord(name, data.size, digest, count_statuses(exact), self.keys[k])
+        if not self._record(k, record) and self._read_record(k).name != name:
+            _log.warning("%s: another writer finished partition %d first", self.folder.uri, k)
+            self.folder.delete(name)
+
+    def _record(self, k: int, record: FileRecord) -> bool:
+        return self.folder.create_once(_record_name(k), json.dumps(asdict(record)).encode())
+
+    def _read_record(self, k: int) -> FileRecord:
+        try:
+            return FileRecord(**json.loads(self.folder.read(_record_name(k))))
+        except (StorageError, ValueError, TypeError) as error:
+            raise ManifestError(
+                f"{self.folder.uri}/{_record_name(k)}: {error}; run the job again"
+            ) from error
+
+    def commit(self, extra: dict[str, Any] | None = None) -> "Table":
         """Write the manifest over all partitions' records; the table now exists."""
-        records = []
-        for k in range(num_partitions):
-            try:
-                records.append(FileRecord(**json.loads(self._record_path(k).read_text())))
-            except (OSError, ValueError, TypeError) as error:
-                raise ManifestError(
-                    f"{self._record_path(k)}: {error}; run the job again"
-                ) from error
-        manifest = Manifest(self.schema, self.settings, self.inputs, tuple(records), extra or {})
-        manifest.commit_to(self.folder)
+        with ThreadPoolExecutor(_RECORD_THREADS) as pool:
+            records = tuple(pool.map(self._read_record, range(self.num_partitions)))
+        Manifest(self.schema, self.settings, self.inputs, records, extra or {}).commit_to(
+            self.folder
+        )
         return Table.open(self.folder)
+
+
+def _record_name(k: int) -> str:
+    return f"{_RECORDS}{k:05d}.json"
 
 
 @dataclass(frozen=True)
 class Table:
     """A committed table."""
 
-    folder: Path
+    folder: Folder
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: Path, schema: str | None = None) -> "Table":
+    def open(cls, place: str | Path | Folder, schema: str | None = None) -> "Table":
         """Open a table. Raises ManifestError without a manifest, or with another schema's."""
+        folder = open_folder(place)
         manifest = load_manifest(folder)
         if schema and manifest.schema != schema:
-            raise ManifestError(f"{folder}: holds {manifest.schema}, but {schema} is needed")
+            raise ManifestError(f"{folder.uri}: holds {manifest.schema}, but {schema} is needed")
+        if manifest.schema not in SCHEMAS:
+            raise ManifestError(
+                f"{folder.uri}: holds {manifest.schema}, which this version does not know; it "
+                f"knows {', '.join(SCHEMAS)}. Run its job again"
+            )
         return cls(folder, manifest)
 
     @property
@@ -159,23 +246,65 @@ class Table:
     def digest(self) -> str:
         return self.manifest.digest
 
-    def path(self, k: int) -> Path:
-        return self.folder / self.manifest.files[k].name
+    def file(self, k: int) -> pq.ParquetFile:
+        """Partition ``k``, to read row groups of. Raises ManifestError if it cannot be read."""
+        record = self.manifest.files[k]
+        home = record.home(self.folder)
+        try:
+            if isinstance(home, LocalFolder):
+                return pq.ParquetFile(home.path / record.name, memory_map=True)
+            return pq.ParquetFile(home.open(record.name), pre_buffer=True)
+        except (StorageError, OSError, pa.ArrowInvalid) as error:
+            raise ManifestError(
+                f"{home.uri}/{record.name}: cannot be read ({error}); restore it"
+            ) from error
 
     def read(self, k: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Partition ``k``, whole or some columns. Raises ManifestError if the file is gone."""
-        try:
-            return pq.read_table(self.path(k), columns=list(columns) if columns else None)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ManifestError(f"{self.path(k)}: cannot be read ({error}); restore it") from error
+        """Partition ``k``, whole or some columns. Raises ManifestError if it cannot be read."""
+        with self.file(k) as file:
+            try:
+                return file.read(columns=list(columns) if columns else None)
+            except (StorageError, OSError, pa.ArrowInvalid) as error:
+                raise ManifestError(
+                    f"{self.folder.uri}: partition {k} cannot be read ({error}); restore it"
+                ) from error
 
-    def rejects(self) -> Iterable[dict[str, str]]:
-        """Every rejected row's id, source (where the table has one) and reason."""
-        names = [n for n in ("id", "source", "status") if n in SCHEMAS[self.manifest.schema].names]
-        for k in range(self.num_partitions):
-            for row in self.read(k, names).to_pylist():
-                if row["status"] != OK:
-                    yield row
+
+def verify_table(place: str | Path | Folder) -> Manifest:
+    """Check every byte, row count and id of a table. Raises ManifestError naming the first fault.
+
+    Ids of rows that are ok must be unique, over the whole table, where it says which are chosen.
+    """
+    table = Table.open(place)
+    manifest = verify_folder(table.folder)
+    seen: list[NDArray[np.uint64]] = []
+    for k, record in enumerate(manifest.files):
+        rows = table.read(k, ["id", "status"])
+        if count_statuses(rows) != record.counts:
+            raise ManifestError(f"{table.folder.uri}: partition {k} has not the rows it lists")
+        chosen = rows.filter(pc.equal(rows["status"], OK))["id"].to_pylist()
+        seen.append(np.array([int(i[:16], 16) for i in chosen], np.uint64))
+    ids = np.sort(np.concatenate(seen)) if seen else np.zeros(0, np.uint64)
+    if not manifest.schema.startswith("images/") and (twice := ids[1:][ids[1:] == ids[:-1]]).size:
+        raise ManifestError(
+            f"{table.folder.uri}: two rows that are ok have an id that begins {twice[0]:016x}"
+        )
+    return manifest
+
+
+def find_rejects(
+    images: Table, table: Table, earlier: Table | None = None
+) -> Iterator[dict[str, str]]:
+    """Source, id and status of every row that ``table`` rejected and ``earlier`` had not."""
+    for k, record in enumerate(table.manifest.files):
+        if set(record.counts) <= {OK}:
+            continue
+        rows = table.read(k, ["id", "status"])
+        found = pc.not_equal(rows["status"], OK)
+        if earlier:
+            found = pc.and_(found, pc.equal(earlier.read(k, ["status"])["status"], OK))
+        named = rows.append_column("source", images.read(k, ["source"])["source"])
+        yield from named.filter(found).to_pylist()
 
 
 def check_aligned(tables: Sequence[Table]) -> None:
@@ -190,6 +319,6 @@ def check_aligned(tables: Sequence[Table]) -> None:
         rows = [[sum(f.counts.values()) for f in t.manifest.files] for t in (first, other)]
         if rows[0] != rows[1]:
             raise ManifestError(
-                f"{other.folder} does not line up with {first.folder}: partitions or rows differ; "
-                f"make both from the same image table"
+                f"{other.folder.uri} does not line up with {first.folder.uri}: partitions or rows "
+                f"differ; make both from the same image table"
             )

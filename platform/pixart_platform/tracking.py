@@ -4,6 +4,7 @@ The only file besides the registry that knows MLflow. Run ids are derived by tag
 started again goes on in its own run with one unbroken curve.
 """
 
+import json
 import logging
 import os
 import re
@@ -116,7 +117,8 @@ class Tracker:
         """Record a table as this run's dataset, by folder and digest."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = Dataset(table.folder.name, table.digest, "local", f'{{"uri": "{table.folder}"}}')
+        place = json.dumps({"uri": table.folder.uri})
+        dataset = Dataset(table.folder.name, table.digest, "local", place)
         tag = InputTag("mlflow.data.context", context)
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
 

@@ -40,8 +40,8 @@ class Average(Protocol):
 class Task(Protocol):
     """What a stage trains. ``Batch`` is its own business."""
 
-    def decode(self, columns: dict[str, list[Any]]) -> Any:
-        """Rows of the index -> a batch on the CPU; runs on the prefetch thread."""
+    def decode(self, columns: dict[str, list[Any]], draws: SampleDraws) -> Any:
+        """Rows of the index -> a batch on the CPU; runs on the prefetch threads."""
         ...
 
     def loss(self, model: nn.Module, batch: Any, draws: SampleDraws) -> Tensor:
@@ -123,8 +123,8 @@ def train(
         bucket, samples = order.batch(n)
         mine = slice_of_rank(samples, engine.rank, engine.world_size)
         positions = range(n * batch_images, (n + 1) * batch_images)[mine]
-        batch = task.decode(index.fetch(bucket, samples[mine]))
-        return batch, SampleDraws(settings.seed, list(positions))
+        draws = SampleDraws(settings.seed, list(positions))
+        return task.decode(index.fetch(bucket, samples[mine]), draws), draws
 
     meter = _Meter()
     first = images_seen // batch_images
