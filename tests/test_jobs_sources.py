@@ -15,7 +15,7 @@ from builders import repeatable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixart_jobs.listing import WHOLE
+from pixart_jobs.listing import WHOLE, reason_of
 from pixart_jobs.recipe import DataSettings
 from pixart_jobs.sources import Blob, DigitScenes, RawItem, Source, fetch, open_source, plan_reads
 from pixart_platform.errors import StorageError
@@ -158,7 +158,7 @@ def test_a_caption_is_beside_the_image_in_the_metadata_or_its_name(place: Place)
         {"file_name": "both.png", "text": "not this"},
         {"file_name": "absent.png", "text": "of nothing"},
     ]
-    files = {
+    files: Files = {
         "A_red-fox (2).png": "", "deep/b.png": "", "caf\u00e9.png": "", "___.png": "",
         "deep/b.txt": "  a caption\u2615 with\nlines \n",
         "both.png": "", "both.txt": "text first", "both.json": '{"caption": "not this"}',
@@ -221,7 +221,7 @@ def test_a_bad_caption_is_a_problem_of_its_row_alone(local: Place, kind: str) ->
     for name, (_, reason) in BAD_CAPTIONS.items():
         item = items[name.replace(".", "_") + ".png"]
         beside = f"{name.replace('.', '_')}.{name.rpartition('.')[2]}"
-        assert item.problem.startswith(f"unreadable caption {beside} (")
+        assert item.problem.startswith(f"unreadable caption ({beside}: ")
         assert reason in item.problem
         assert (item.data, item.raw_caption) == (b"x", "")
 
@@ -230,7 +230,7 @@ def test_a_bad_caption_in_the_metadata_is_a_problem_of_its_row(local: Place) -> 
     lines = ['{"file_name": "a.png", "text": 3}', '{"file_name": "b.png", "text": "b"}']
     fill(local.folder, {"a.png": "", "b.png": "", "metadata.jsonl": "\n".join(lines)})
     assert problems_of(local.read("folder")) == {
-        "a.png": "unreadable caption metadata.jsonl (its caption is not text but 3)",
+        "a.png": "unreadable caption (metadata.jsonl: its caption is not text but 3)",
         "b.png": "",
     }
 
@@ -250,7 +250,7 @@ def test_a_growing_metadata_file_changes_only_its_new_lines_parts(local: Place) 
     first, opened = local.open("folder").parts(), local.open("folder")
     fill(local.folder, {"metadata.jsonl": "".join(line % (n, n * 2) for n in "dabc")})
     assert {i.problem for i in opened.read(0)} == {
-        "unreadable caption metadata.jsonl (changed since it was listed; run again)"
+        "unreadable caption (metadata.jsonl: changed since it was listed; run again)"
     }
     fill(local.folder, {"metadata.jsonl": "".join(line % (n, n) for n in "dabc")})
     assert [a == b for a, b in zip(first, local.open("folder").parts(), strict=True)] == [
@@ -267,7 +267,7 @@ def test_a_file_that_cannot_be_read_is_a_problem_of_its_row(place: Place) -> Non
     a, b, c = source.read(0)
     assert (a.data, a.problem) == (b"a", "")
     assert b.problem.startswith("unreadable file (")
-    assert c.problem.startswith("unreadable caption c.txt (")
+    assert c.problem.startswith("unreadable caption (c.txt: ")
     with pytest.raises(FileAbsent):
         fetch(a.uri.replace("a.png", "b.png"))
     assert problems_of(place.read("folder", rows=9)) == {
@@ -289,7 +289,7 @@ def test_a_huge_file_is_not_read(local: Place, tmp_path: Path) -> None:
         os.truncate(tmp_path / "source" / name, 1 << 40)
     a, b = local.read("folder")
     assert a.problem == "unreadable file (1099511627776 bytes are over 268435456)"
-    assert b.problem == "unreadable caption b.txt (1099511627776 bytes are over 268435456)"
+    assert b.problem == "unreadable caption (b.txt: 1099511627776 bytes are over 268435456)"
 
 
 def test_a_store_that_cannot_be_reached_is_an_error_and_no_problem(
@@ -316,7 +316,7 @@ def test_a_file_name_that_is_not_utf_8_is_shown_escaped(local: Place, tmp_path: 
     plain, odd = sorted(local.read("folder"), key=lambda item: item.problem)
     assert (plain.source, plain.data, plain.problem) == ("caf\\xe9.png", b"other", "")
     assert (odd.source, odd.data, odd.uri) == ("caf\\xe9.png", b"x", "")
-    assert odd.problem.startswith("unreadable caption caf\\xe9.txt (")
+    assert odd.problem.startswith("unreadable caption (caf\\xe9.txt: ")
     pa.table({"problem": [odd.problem]})
 
 
@@ -436,7 +436,7 @@ def test_masks_of_segment_anything_are_no_caption(local: Place) -> None:
     fill(local.folder, {"sa_000000.tar": make_tar(shard)})
     one, two = local.read("tar")
     assert (one.raw_caption, one.problem) == ("", "")
-    assert two.problem.startswith("unreadable caption sa_2.json (none of caption, text")
+    assert two.problem.startswith("unreadable caption (sa_2.json: none of caption, text")
 
 
 def test_one_tar_is_a_source_too(place: Place) -> None:
@@ -510,7 +510,7 @@ def test_a_name_twice_in_a_tar_is_two_rows_with_a_caption_each(local: Place) -> 
 def test_a_label_that_is_no_number_is_a_problem_of_its_row(local: Place, label: str) -> None:
     fill(local.folder, {"x.tar": make_tar({"a.png": "x", "a.cls": label})})
     (item,) = local.read("tar")
-    assert item.problem == "unreadable label a.cls (not a number)"
+    assert item.problem == "unreadable label (a.cls: not a number)"
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.TAR.ZST", "x.tar.xz", "x.tbz2"])
@@ -639,6 +639,45 @@ def test_every_blob_is_read_once_in_few_bounded_reads(blobs: list[tuple[str, int
         assert end - together[0].offset <= 64 * mega or len(together) == 1
 
 
+def test_a_tar_on_s3_is_listed_and_read_in_few_requests(bucket: Folder) -> None:
+    from chaos_s3 import ChaosS3, endpoint
+
+    place = Place(bucket)
+    shard = {f"{k:03d}.{end}": b"x" * 10_000 for k in range(60) for end in ("jpg", "txt", "md")}
+    with ChaosS3() as server, endpoint(server.uri):
+        fill(place.folder, {"x.tar": make_tar(shard)})
+        server.calls.clear()
+        items = place.read("tar", rows=60)
+        assert len(items) == 60
+        assert all(item.data == b"x" * 10_000 for item in items)
+        assert server.calls.total() < 25
+
+
+def test_on_a_bad_day_of_s3_the_items_are_the_same(bucket: Folder) -> None:
+    from chaos_s3 import ChaosS3, endpoint
+
+    place = Place(bucket)
+    fill(
+        place.folder, {f"{k}.{end}": f"{k}.{end}" * 99 for k in range(20) for end in ("png", "txt")}
+    )
+    fill(place.folder, {"x.tar": make_tar(SHARD)})
+    expected = place.read("folder", rows=9), place.read("tar")
+    kinds = ["InternalError", "SlowDown", "torn download", "lost answer"]
+    with ChaosS3(0.2, 3, kinds) as server, endpoint(server.uri):
+        assert (place.read("folder", rows=9), place.read("tar")) == expected
+    assert server.faults.total() > 5
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "InternalError"])
+def test_an_object_that_is_refused_is_its_own_problem_and_a_sick_store_is_not(code: str) -> None:
+    error = StorageError(f"s3://b/a.png: S3 answered {code} No")
+    if code == "AccessDenied":
+        assert reason_of(error) == str(error)
+    else:
+        with pytest.raises(StorageError, match=code):
+            reason_of(error)
+
+
 def test_neighbours_in_a_tar_are_one_read(local: Place) -> None:
     shard = {f"{k:03d}.{end}": "x" * 1000 for k in range(50) for end in ("jpg", "txt", "md")}
     fill(local.folder, {"x.tar": make_tar(shard)})
@@ -696,7 +735,7 @@ def test_bad_rows_of_parquet_are_problems_of_theirs_alone(local: Place) -> None:
     fill(local.folder, {"a.parquet": make_parquet(columns), "b.parquet": b"PAR1 not at all"})
     items = by_source(local.read("parquet", rows=20))
     assert [items[f"a.parquet:{k}"].problem.partition(" (")[0] for k in range(6)] == [
-        "unreadable caption caption", *["unreadable file"] * 3, "unreadable label", "",
+        "unreadable caption", *["unreadable file"] * 3, "unreadable label", "",
     ]  # fmt: skip
     assert items["a.parquet:1"].problem == "unreadable file (no image in its row)"
     assert (items["a.parquet:5"].data, items["a.parquet:5"].raw_caption) == (b"x", "a fox")
@@ -709,7 +748,7 @@ def test_text_columns_that_are_not_utf_8_are_problems_of_their_rows(local: Place
     text = pa.StringArray.from_buffers(2, text.buffers()[1], text.buffers()[2])
     fill(local.folder, {"a.parquet": make_parquet({"png": [b"x", b"y"], "text": text})})
     bad, good = local.read("parquet")
-    assert bad.problem.startswith("unreadable caption text ('utf-8' codec")
+    assert bad.problem.startswith("unreadable caption (text: 'utf-8' codec")
     assert (good.raw_caption, good.problem) == ("a fox", "")
 
 
@@ -742,7 +781,7 @@ def test_parquet_without_image_bytes_is_refused_by_its_columns(
 def test_a_source_that_grew_leaves_old_partitions_alone(place: Place, kind: str) -> None:
     def add(k: int) -> None:
         names = [f"{9 - k}-{i}.png" for i in range(3)]
-        packed = {
+        packed: dict[str, Files] = {
             "folder": {name: name for name in names},
             "tar": {f"{9 - k}.tar": make_tar({name: name for name in names})},
             "parquet": {f"{9 - k}.parquet": make_parquet({"image": [n.encode() for n in names]})},

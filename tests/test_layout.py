@@ -20,8 +20,9 @@ TOP_LEVEL = {
     *ROOMS, "tests", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile",
     "constraints.txt", ".ci", ".gitignore",
 }  # fmt: skip
-# 9,000 lines held the spine; conversion both ways, strict loaders and forecasts need some more.
-MAX_FILES, MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 65, 9500, 400, 60
+# 9,000 lines and 65 files held the spine. Conversion both ways, strict loaders and forecasts took
+# 500 more; sources in four layouts, S3, selection and reading in place 2,500 and 11 files.
+MAX_FILES, MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 76, 12200, 400, 60
 LONG_FUNCTIONS = {"platform/pixart_platform/train_loop.py:train"}
 
 Rule = Callable[[Path], list[str]]

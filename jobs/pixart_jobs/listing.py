@@ -351,7 +351,7 @@ def _index_tar(file: IO[bytes], whole: Item) -> Iterator[Item]:
 def _read_label(name: str, data: bytes) -> tuple[int | None, str]:
     if re.fullmatch(rb"\s*-?\d{1,9}\s*", data):
         return int(data), ""
-    return None, f"unreadable label {printable(name)} (not a number)"
+    return None, f"unreadable label ({printable(name)}: not a number)"
 
 
 def _index_rows(file: IO[bytes], whole: Item) -> Iterator[Item]:

@@ -22,7 +22,7 @@ def _check_source(source: str) -> str:
     if source == "digits" or (kind in ("folder", "classes", "tar", "parquet") and uri):
         return source
     raise ValueError(
-        "write 'digits' for the sample scenes, or for your own images 'KIND:URI': kind folder, "
+        "write 'digits' for the sample scenes or, for your own images, 'KIND:URI': kind folder, "
         "classes, tar or parquet, and a local path or s3://bucket/prefix"
     )
 

@@ -99,14 +99,15 @@ def gather_tables(place: Folder) -> dict[str, Table]:
     first = Table.open(place)
     tables = {first.manifest.schema.partition("/")[0]: first}
     wanted = dict(first.manifest.inputs)
+    images = wanted.get("images", first.digest)
     for name in place.parent.children():
         try:
             neighbour = Table.open(place.parent / name)
         except ManifestError:  # unfinished, or another version's
             continue
         kind = neighbour.manifest.schema.partition("/")[0]
-        made_of_it = neighbour.manifest.inputs.get("images") == first.digest
-        if wanted.get(kind) == neighbour.digest or (made_of_it and kind not in tables):
+        of_these = neighbour.manifest.inputs.get("images") == images
+        if wanted.get(kind) == neighbour.digest or (of_these and kind not in tables):
             tables[kind] = neighbour
     missing = {"images", "captions"} - set(tables)
     if missing:

@@ -87,10 +87,9 @@ class DigitScenes:
         return f"digits:{self.seed}:{self.num_scenes}"
 
     def read(self, k: int) -> list[RawItem]:
-        scenes = [(f"digits:{i}", compose_scene(i, seed=self.seed)) for i in self._rows(k)]
+        scenes = ((i, compose_scene(i, seed=self.seed)) for i in self._rows(k))
         return [
-            RawItem(name, scene.png(), scene.raw_caption, scene.label, scene.truth())
-            for name, scene in scenes
+            RawItem(f"digits:{i}", s.png(), s.raw_caption, s.label, s.truth()) for i, s in scenes
         ]
 
 
@@ -143,7 +142,7 @@ class Collection:
             missing = found.caption is None
             caption = self._words_of(item) if missing else read_caption(item, found.caption)
         except (ValueError, RecursionError) as error:
-            problem = printable(f"unreadable caption {item.caption.rpartition('/')[2]} ({error})")
+            problem = printable(f"unreadable caption ({item.caption.rpartition('/')[2]}: {error})")
         label = item.label if found.label is None else found.label
         if label is not None and not -(2**31) <= label < 2**31:
             label, problem = None, f"unreadable label ({label} is over 32 bits)"

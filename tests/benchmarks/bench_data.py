@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -177,7 +178,7 @@ def bench_pipeline(quick: bool) -> Figures:
 def caption_lengths(count: int) -> list[int]:
     """Tokens of dense captions: 60 on average, at most 120, as in bench_network."""
     draw = 60 + 20 * np.random.default_rng(0).standard_normal(count)
-    return np.clip(draw.round(), 8, PADDED_TOKENS).astype(int).tolist()
+    return [int(length) for length in np.clip(draw.round(), 8, PADDED_TOKENS)]
 
 
 def make_samples(count: int) -> list[tuple[bytes, bytes, int]]:
@@ -185,7 +186,7 @@ def make_samples(count: int) -> list[tuple[bytes, bytes, int]]:
     rng = np.random.default_rng(1)
     noise = rng.integers(0, 2**16, 8 * 32 * 32 + PADDED_TOKENS * TEXT_WIDTH, np.uint16)
     noise &= 0xBFFF  # no infinities
-    found = []
+    found: list[tuple[bytes, bytes, int]] = []
     for tokens in caption_lengths(count):
         moments = rng.standard_normal(8 * 32 * 32).astype(np.float16).tobytes()
         found.append((moments, np.roll(noise, len(found))[: tokens * TEXT_WIDTH].tobytes(), tokens))
@@ -353,8 +354,10 @@ def bench_reading(quick: bool) -> Figures:
         for _ in range(rounds):
             best["ours"].append(samples_per_second(lambda: our_batches(tables, batch), batch))
             for peer in peers:
-                rates = [samples_per_second(lambda p=peer, w=w: p.batches(batch, w), batch)
-                         for w in (0, 2)]  # fmt: skip
+                rates = [
+                    samples_per_second(partial(peer.batches, batch, workers), batch)
+                    for workers in (0, 2)
+                ]
                 best[peer.name].append(max(rates))
         middle = count // batch // 2
         resume = first_after(lambda: our_batches(tables, batch, first=middle), 1)
@@ -372,7 +375,7 @@ def bench_reading(quick: bool) -> Figures:
     }
 
 
-def ratio(rates: dict[str, list[float]], peer: str) -> dict[str, Any]:
+def ratio(rates: dict[str, list[float]], peer: str) -> Figures:
     return figure(median(a / b for a, b in zip(rates["ours"], rates[peer], strict=True)), 2.0)
 
 

@@ -46,6 +46,7 @@ TABLES_OF = {
 }  # fmt: skip
 KINDS = ("driver", "worker", "raylet")
 FAULTY_SHARE = 0.12  # so that of few calls, too, a tenth fails
+MODEL_SECONDS = 0.3  # what a partition takes besides, or no kill would meet a job half done
 STALLS = [2.0] * 11 + [65.0]  # seconds; the last outlasts the client's timeout
 PATIENCE_SECONDS = 120  # for a driver to notice that its raylet is gone
 GRACE_SECONDS = 3  # for Ray to follow a dead driver, before this script makes it
@@ -93,6 +94,7 @@ def _trace(apply: Any, path: Path) -> Any:
         def __call__(self, batch: Any) -> Any:
             with path.open("a") as trace:
                 trace.write(f"{time.time()} {self._job} {batch['__partition__'][0]}\n")
+            time.sleep(MODEL_SECONDS)
             return super().__call__(batch)
 
     return Traced
@@ -219,7 +221,7 @@ class Campaign:
             status = None
             before = len(kills)
             while status is None:
-                status = self._wait(driver, store)
+                status = self._wait(driver, store, half_done=len(kills) % 2 == 0)
                 if status is None and len(kills) < num_kills:
                     kills.append(self._kill_one(driver, store))
                     status = self._see_if_it_died(driver, kills[-1].kind)
@@ -234,13 +236,13 @@ class Campaign:
         self.repeated |= find_repeated(trace, kills)
         self.num_begun_twice += len(trace) - len({partition for _, partition in trace})
 
-    def _wait(self, driver: Driver, store: Folder) -> int | None:
+    def _wait(self, driver: Driver, store: Folder, *, half_done: bool) -> int | None:
         """Any time, or a moment after another partition is finished, where most is at stake."""
-        if self.rng.random() < 0.5:
+        if not half_done:
             return driver.wait(self.rng.uniform(0, self.max_gap))
         before, status = find_finished(store), None
         while status is None and find_finished(store) == before:
-            status = driver.wait(0.5)
+            status = driver.wait(0.2)
         return driver.wait(self.rng.uniform(0, 2)) if status is None else status
 
     def _kill_one(self, driver: Driver, store: Folder) -> Kill:
