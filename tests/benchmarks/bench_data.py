@@ -18,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import resource
+import sys
 import tempfile
 import threading
 import time
@@ -33,7 +34,6 @@ import psutil
 import pyarrow as pa
 import torch
 from PIL import Image
-from recording import figure, record
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -49,6 +49,9 @@ from pixart_platform.partitions import Sink, run_partitions
 from pixart_platform.seeds import SampleDraws
 from pixart_platform.storage import Folder, open_folder
 from pixart_platform.tables import SCHEMAS, Table, TableWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from recording import figure, record
 
 TEXT_WIDTH = 4096
 PADDED_TOKENS = 120

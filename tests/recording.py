@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "benchmarks" / "results"
 
 
 def figure(value: float, bar: float, *, at_most: bool = False, digits: int = 3) -> dict[str, Any]:
