@@ -106,10 +106,11 @@ def test_another_revision_on_a_worker_stops_it(llava: str) -> None:
         ([Caption("a"), Caption("b")], None, "ok", ["a", "b"]),
         ([Caption(problem="x"), Caption("b")], "raw", "ok", ["", "b", "raw"]),
         ([Caption("a"), Caption(problem="y")], "", "ok", ["a", "", ""]),
-        ([Caption(problem="x"), Caption(problem="y")], "r", "rejected: no caption (x)", []),
+        ([Caption(problem="x"), Caption(problem="y")], "r", "ok", ["", "", "r"]),
+        ([Caption(problem="x"), Caption(problem="y")], "", "rejected: no caption (x)", []),
     ],
 )
-def test_a_row_is_rejected_when_every_prompt_failed(
+def test_a_row_is_rejected_when_no_caption_is_left(
     captions: list[Caption], raw: str | None, status: str, texts: list[str]
 ) -> None:
     assert settle(captions, raw) == (status, texts)
@@ -159,9 +160,10 @@ def test_vllm_gets_a_request_for_each_prompt_and_its_answers_become_rows_again()
         {"id": "fox", "status": "ok", "partition": 7, "captions": ["A fox.", "Fox", "a fox"]},
         {"id": "broken", "status": "rejected: empty file", "partition": 7, "captions": []},
         {"id": "mute", "status": "ok", "partition": 7, "captions": ["", "A picture", ""]},
-        {"id": "hen", "status": "rejected: no caption (ValueError: too long)", "partition": 7,
-         "captions": []},
-    ]  # fmt: skip
+        {"id": "hen", "status": "ok", "partition": 7, "captions": ["", "", "a hen"]},
+    ]
+    alone = gather(pa.Table.from_pylist(answers), settings.model_copy(update={"keep_raw": False}))
+    assert alone["status"].to_pylist()[3] == "rejected: no caption (ValueError: too long)"
 
 
 def test_vllms_engine_is_the_one_that_the_recipe_asks_for(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_deleted_file_is_gone_and_deleting_it_again_is_no_fault(folder: Folder
 places = st.tuples(st.integers(0, 160_000), st.sampled_from([0, 1, 2]), st.integers(-1, 200_000))
 
 
-@settings(repeatable, max_examples=20)
+@settings(repeatable, max_examples=12)
 @given(st.lists(places, max_size=6))
 def test_an_open_file_reads_and_seeks_like_any_other(
     folder: Folder, steps: list[tuple[int, int, int]]

@@ -24,6 +24,7 @@ from pixart_platform.tables import (
     check_aligned,
     count_statuses,
     find_rejects,
+    verify_table,
 )
 
 ROWS: dict[str, list[Row]] = {
@@ -252,6 +253,35 @@ def test_a_lost_or_damaged_partition_is_named(root: Folder) -> None:
     root.delete(name)
     with pytest.raises(ManifestError, match=rf"{name}: cannot be read"):
         table.read(0)
+
+
+def test_a_sound_table_verifies_and_tells_its_rows(root: Folder) -> None:
+    twice: list[Row] = [{"id": "ab", "source": "a"}, {"id": "ab", "source": "b"}]
+    write_table(root / "images", "images/2", [twice, [{"id": "cd", "source": "c"}]])
+    assert verify_table(root / "images").num_rows == 3, "one picture twice is no fault of a source"
+    rejected: Row = {"id": "ab", "status": "rejected: duplicate"}
+    write_table(root / "selection", "selection/1", [[{"id": "ab"}, rejected], [{"id": "cd"}]])
+    assert verify_table(root / "selection").counts == {"ok": 2, "rejected: duplicate": 1}
+    write_table(root / "empty", "selection/1", [])
+    assert verify_table(root / "empty").num_rows == 0
+
+
+def test_a_row_that_is_there_twice_is_found(root: Folder) -> None:
+    ids = ["0a" * 32, "0b" * 32, "0a" * 32]
+    write_table(root, "selection/1", [[{"id": ids[0]}, {"id": ids[1]}], [{"id": ids[2]}]])
+    with pytest.raises(ManifestError, match="two rows that are ok have an id that begins 0a0a"):
+        verify_table(root.uri)
+
+
+def test_a_manifest_that_counts_other_rows_than_there_are_is_found(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "a", "selection/1", [[{}], [{}]])
+    files = [table.manifest.files[0], replace(table.manifest.files[1], counts={"ok": 2})]
+    wrong = tmp_path / "b"
+    for record in files:
+        LocalFolder(wrong).write(record.name, table.folder.read(record.name))
+    replace(table.manifest, files=tuple(files)).commit_to(wrong)
+    with pytest.raises(ManifestError, match="b: partition 1 has not the rows it lists"):
+        verify_table(wrong)
 
 
 def test_tables_line_up_when_partitions_and_rows_do(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ from chaos_s3 import ChaosS3, endpoint, make_bucket
 from processes import family, kill
 
 from pixart_platform.errors import ManifestError
-from pixart_platform.manifest import verify_folder
 from pixart_platform.storage import Folder, open_folder
+from pixart_platform.tables import verify_table
 
 TABLES_OF = {
     "ingest": {"images"}, "caption": {"captions"}, "encode": {"text", "latents_32px"},
@@ -268,7 +268,7 @@ def find_digests(store: Folder) -> dict[str, str]:
     found = {}
     for name in store.children():
         try:
-            found[name] = verify_folder(store / name).digest
+            found[name] = verify_table(store / name).digest
         except ManifestError as error:
             found[name] = str(error)
     return found
@@ -288,7 +288,7 @@ def run_campaign(base: Folder, scratch: Path, options: argparse.Namespace) -> di
     differing: set[str] = set()
     with ChaosS3(FAULTY_SHARE, options.seed, stall_seconds=stalls) as chaos:
         environment = {"AWS_ENDPOINT_URL": chaos.uri} if options.store == "s3" else {}
-        storm = Campaign(num_scenes, random.Random(options.seed), 0.6 * seconds, environment)
+        storm = Campaign(num_scenes, random.Random(options.seed), 0.4 * seconds, environment)
         for number in range(1000):
             store = base / f"storm-{number}"
             storm.run(store, scratch / store.name, num_kills - storm.kills.total())
