@@ -14,7 +14,7 @@ from builders import Row, repeatable, write_table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart_platform.batches import Condition, Prefetcher, RowIndex
+from pixart_platform.batches import Condition, RowIndex, map_ahead
 from pixart_platform.errors import ManifestError, RecipeError
 from pixart_platform.manifest import MANIFEST_FILE
 from pixart_platform.order import Bucket, Order
@@ -260,8 +260,8 @@ def test_items_come_in_order_and_all_of_them() -> None:
         time.sleep(0.003 if n % 3 == 0 else 0)
         return n * n
 
-    assert list(Prefetcher(make, 5, 25)) == [n * n for n in range(5, 25)]
-    assert list(Prefetcher(make, 5, 5)) == []
+    assert list(map_ahead(make, range(5, 25), 4)) == [n * n for n in range(5, 25)]
+    assert list(map_ahead(make, range(5, 5), 4)) == []
     assert num_prefetch_threads() == 0
 
 
@@ -272,7 +272,7 @@ def test_the_next_items_are_made_before_they_are_asked_for() -> None:
         made.append(n)
         return n
 
-    items = iter(Prefetcher(make, 0, 10, depth=3))
+    items = iter(map_ahead(make, range(10), 3))
     assert next(items) == 0
     deadline = time.monotonic() + 10
     while len(made) < 3 and time.monotonic() < deadline:
@@ -289,8 +289,8 @@ def test_an_error_comes_at_its_item_and_ends_the_thread() -> None:
 
     seen: list[int] = []
     with pytest.raises(ManifestError, match="part-00006"):
-        seen.extend(Prefetcher(make, 3, 20))
-    items = iter(Prefetcher(make, 3, 20))
+        seen.extend(map_ahead(make, range(3, 20), 4))
+    items = iter(map_ahead(make, range(3, 20), 4))
     assert list(islice(items, 3)) == [3, 4, 5]
     with pytest.raises(ManifestError, match="part-00006"):
         next(items)
@@ -304,7 +304,7 @@ def test_items_are_made_side_by_side() -> None:
         together.wait(20)
         return n
 
-    assert list(Prefetcher(make, 0, 9, depth=3)) == list(range(9))
+    assert list(map_ahead(make, range(9), 3)) == list(range(9))
 
 
 def test_abandoning_it_finishes_the_items_under_way_and_makes_no_more() -> None:
@@ -318,7 +318,7 @@ def test_abandoning_it_finishes_the_items_under_way_and_makes_no_more() -> None:
         return n
 
     def abandon() -> Iterator[int]:
-        for n in Prefetcher(make, 0, 10_000, depth=4):
+        for n in map_ahead(make, range(10_000), 4):
             yield n
             if n == 2:
                 left.set()

@@ -5,6 +5,7 @@ Another captioner, prompt or image table makes another caption table; the old on
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +15,28 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixart_jobs.ingest import read_picture
+from pixart_jobs.ingest import read_pictures
 from pixart_jobs.pictures import PictureError
 from pixart_jobs.recipe import CaptionSettings, Recipe
-from pixart_models.captioner import VLLM, Caption, captioner_revision, load_captioner
+from pixart_models.captioner import RAW, SPEC, VLLM, Caption, captioner_revision, load_captioner
 from pixart_models.concepts import ConceptDensity, measure_concepts
+from pixart_models.config import ModelInputError
 from pixart_models.digits import Reading, describe
-from pixart_models.text import ModelNotFound
+from pixart_models.revision import check_revision
+from pixart_platform.errors import StorageError
 from pixart_platform.partitions import Progress, Sink, run_partitions
 from pixart_platform.storage import Folder
-from pixart_platform.tables import OK, SCHEMAS, Table, TableWriter
+from pixart_platform.tables import OK, SCHEMAS, Table, TableWriter, open_cached
 
 SCHEMA = "captions/2"
+_MANY = 16
+_BLANK = np.zeros((0, 0, 3), np.uint8)
 
 
 def plan(recipe: Recipe, root: Folder, tables: dict[str, Table]) -> TableWriter:
     """The writer of this recipe's caption table; ``tables`` are ``images`` and ``selection``."""
     asked = {"prompts", "show_raw", "keep_raw", "max_new_tokens", "max_side"}
+    asked = set() if recipe.captioner == RAW else asked
     settings = recipe.caption.model_dump(mode="json", include=asked)
     settings |= {"captioner": recipe.captioner, "revision": captioner_revision(recipe.captioner)}
     return TableWriter.under(root, "captions", SCHEMA, settings, tables)
@@ -48,7 +54,11 @@ def run(recipe: Recipe, tables: dict[str, Table], writer: TableWriter) -> Progre
 
         engine = caption_vllm.build(**asked)
     return run_partitions(
-        read=_Read(tables, settings.max_side),
+        read=_Read(
+            tables["images"].folder.uri,
+            tables["selection"].folder.uri,
+            None if recipe.captioner == RAW else settings.max_side,
+        ),
         transform=_Caption,
         transform_kwargs=asked,
         engine=engine,
@@ -61,33 +71,40 @@ def run(recipe: Recipe, tables: dict[str, Table], writer: TableWriter) -> Progre
 
 @dataclass(frozen=True)
 class _Read:
-    """A partition with its pictures decoded and shrunk, on CPUs alone."""
+    """A partition with its pictures decoded and shrunk, on CPUs alone; None looks at none."""
 
-    tables: dict[str, Table]
-    max_side: int
+    images: str  # URIs: manifests are too large to send with every task
+    selection: str
+    max_side: int | None
 
     def __call__(self, k: int) -> pa.Table:
-        items = self.tables["images"].read(k, ["id", "bytes", "uri", "raw_caption"])
-        items = items.append_column("status", self.tables["selection"].read(k, ["status"])[0])
+        blind = self.max_side is None
+        columns = ["id", "raw_caption", *(() if blind else ("bytes", "uri"))]
+        rows = open_cached(self.images).read(k, columns)
+        rows = rows.append_column("status", open_cached(self.selection).read(k, ["status"])[0])
+        items = rows.to_pylist()
         fields = [(name, pa.string()) for name in ("id", "status", "raw_caption")]
         fields += [("pixels", pa.large_binary()), ("width", pa.int32()), ("height", pa.int32())]
-        rows = [self._prepare(item) for item in items.to_pylist()]
-        return pa.Table.from_pylist(rows, pa.schema(fields))
+        found = []
+        for item, picture in zip(items, read_pictures([] if blind else items), strict=not blind):
+            found.append(self._prepare(item, picture))
+        blank = {"pixels": b"", "width": 0, "height": 0}
+        return pa.Table.from_pylist(found or [item | blank for item in items], pa.schema(fields))
 
-    def _prepare(self, item: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(
+        self, item: dict[str, Any], picture: NDArray[np.uint8] | PictureError | None
+    ) -> dict[str, Any]:
         row = {name: item[name] for name in ("id", "status", "raw_caption")}
         row |= {"pixels": b"", "width": 0, "height": 0}
-        if item["status"] != OK:
+        if picture is None:
             return row
-        try:
-            picture = Image.fromarray(read_picture(item))
-        except PictureError as error:
-            return row | {"status": f"rejected: {error}"}
-        if max(picture.size) > self.max_side:
-            picture.thumbnail((self.max_side, self.max_side), Image.Resampling.BICUBIC)
-        return row | {
-            "pixels": picture.tobytes(), "width": picture.width, "height": picture.height,
-        }  # fmt: skip
+        if isinstance(picture, PictureError):
+            return row | {"status": f"rejected: {picture}"}
+        assert self.max_side
+        image = Image.fromarray(picture)
+        if max(image.size) > self.max_side:
+            image.thumbnail((self.max_side, self.max_side), Image.Resampling.BICUBIC)
+        return row | {"pixels": image.tobytes(), "width": image.width, "height": image.height}
 
 
 class _Caption:
@@ -97,6 +114,7 @@ class _Caption:
     """
 
     def __init__(self, source: str, settings: CaptionSettings, revision: str = "") -> None:
+        check_revision(SPEC, source, revision)
         self._captioner = load_captioner(
             source,
             prompts=settings.prompts,
@@ -104,13 +122,8 @@ class _Caption:
             max_new_tokens=settings.max_new_tokens,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        if revision not in ("", self._captioner.revision):
-            why = (
-                f"here it is revision {self._captioner.revision}, but this table is made with "
-                f"{revision}; put the same files on every machine"
-            )
-            raise ModelNotFound("captioner", source, why)
         self._batch_images, self._keep_raw = settings.batch_images, settings.keep_raw
+        self._source, self._blind = source, source == RAW
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         statuses = rows["status"].to_pylist()
@@ -120,10 +133,16 @@ class _Caption:
         for start in range(0, len(usable), self._batch_images):
             chosen = usable[start : start + self._batch_images]
             answers = self._captioner.caption(
-                [_view_picture(rows, i) for i in chosen], [raws[i] for i in chosen]
+                [_BLANK if self._blind else _view_picture(rows, i) for i in chosen],
+                [raws[i] for i in chosen],
             )
             for i, captions in zip(chosen, answers, strict=True):
                 statuses[i], written[i] = settle(captions, raws[i] if self._keep_raw else None)
+        if not self._blind and len(usable) >= _MANY and not any(written[i] for i in usable):
+            raise ModelInputError(  # more likely this machine's fault than that of every picture
+                f"captioner {self._source}: not one of {len(usable)} pictures got a caption, the "
+                f"first: {statuses[usable[0]]}; nothing was written of them"
+            )
         return pa.table([rows["id"], statuses, written], schema=SCHEMAS[SCHEMA])
 
 
@@ -143,7 +162,7 @@ def settle(captions: Sequence[Caption], raw: str | None) -> tuple[str, list[str]
 
 
 def measure_accuracy(images: Table, captions: Table) -> float | None:
-    """Share of first captions that say exactly the truth; None for sources that know no truth."""
+    """Share of first captions that say exactly the truth; None if no row knows it."""
     right = total = 0
     for k in range(images.num_partitions):
         truths = images.read(k, ["truth"])["truth"].to_pylist()
@@ -166,14 +185,14 @@ def measure_density(images: Table, captions: Table, max_rows: int = 20_000) -> d
     if captions.folder.find(name):
         kept: dict[str, float] = json.loads(captions.folder.read(name))
         return kept
-    raw, dense, rows = ConceptDensity(), ConceptDensity(), 0
+    raw, dense, rows = ConceptDensity(), ConceptDensity(), 0  # of the same pictures
     for k in range(images.num_partitions):
         if rows >= max_rows:
             break
         texts = images.read(k, ["raw_caption"])["raw_caption"].to_pylist()
         written = captions.read(k, ["captions"])["captions"].to_pylist()
         rows += len(texts)
-        raw.merge(measure_concepts(text or "" for text in texts))
+        raw.merge(measure_concepts(t or "" for t, row in zip(texts, written, strict=True) if row))
         dense.merge(measure_concepts(row[0] for row in written if row))
     found = {
         f"{kind}_{figure}": round(float(getattr(density, figure)), 4)
@@ -182,5 +201,6 @@ def measure_density(images: Table, captions: Table, max_rows: int = 20_000) -> d
             "num_captions", "num_distinct", "num_valid", "valid_share", "nouns_per_caption",
         )
     }  # fmt: skip
-    captions.folder.write(name, json.dumps(found, indent=1).encode())
+    with suppress(StorageError):  # whoever may only read measures again
+        captions.folder.write(name, json.dumps(found, indent=1).encode())
     return found

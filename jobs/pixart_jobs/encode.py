@@ -17,22 +17,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pixart_jobs.ingest import read_picture
+from pixart_jobs.ingest import read_pictures
+from pixart_jobs.pictures import PictureError
 from pixart_jobs.recipe import EncodeSettings, Recipe
 from pixart_models.autoencoder import SPEC as AUTOENCODER
 from pixart_models.autoencoder import load_autoencoder
 from pixart_models.buckets import MAX_RATIO, Size, buckets, cover, is_extreme, nearest_bucket
 from pixart_models.config import PRESETS
-from pixart_models.revision import model_revision
+from pixart_models.revision import check_revision, model_revision
 from pixart_models.text import T5, load_text_encoder
 from pixart_platform.partitions import Progress, Sink, run_partitions
 from pixart_platform.storage import Folder
-from pixart_platform.tables import OK, Table, TableWriter
+from pixart_platform.tables import OK, Table, TableWriter, open_cached
 
 Inputs = dict[str, Table]  # images, selection, captions
 
@@ -70,28 +72,37 @@ def plan(
 def run(
     recipe: Recipe, tables: Inputs, text: TableWriter, latents: dict[int, TableWriter]
 ) -> Progress:
-    """Encode what is not committed. Raises ModelInputError for a base side without buckets."""
-    settings = recipe.encode
-    latents = {side: writer for side, writer in latents.items() if not writer.is_committed}
-    wants_text = not text.is_committed
-    shapes = {
-        side: chosen
-        for side, chosen in choose_shapes(settings, _patch(recipe)).items()
-        if side in latents
-    }
-    return run_partitions(
-        read=_Read(tables, shapes, settings.aspect_buckets),
-        transform=_Encode,
-        transform_kwargs={
-            "settings": settings,
-            "sides": tuple(shapes),
-            "text": wants_text,
-        },
-        sinks=make_sinks(text if wants_text else None, latents),
-        num_readers=settings.num_readers,
-        num_actors=settings.num_workers,
-        num_gpus=settings.num_gpus,
-    )
+    """Encode what is not there. Raises ModelInputError for a base side without buckets.
+
+    A partition that has its latents but not its text costs no autoencoder, and the other way round.
+    """
+    shapes = choose_shapes(recipe.encode, _patch(recipe))
+    written = {side: writer.written() for side, writer in latents.items()}
+    said = text.written()
+    lacking: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
+    for k in range(text.num_partitions):
+        sides = tuple(side for side in latents if k not in written[side])
+        if k not in said or sides:
+            lacking.setdefault((k not in said, sides), []).append(k)
+    places = {kind: table.folder.uri for kind, table in tables.items()}
+    for (wants_text, sides), partitions in lacking.items():
+        mine = {side: latents[side] for side in sides}
+        yield from run_partitions(
+            read=_Read(
+                places, {side: shapes[side] for side in sides}, recipe.encode.aspect_buckets
+            ),
+            transform=_Encode,
+            transform_kwargs={
+                "settings": recipe.encode, "sides": sides, "text": wants_text,
+                "text_revision": text.settings["revision"] if wants_text else "",
+                "autoencoder_revision": latents[sides[0]].settings["revision"] if sides else "",
+            },
+            sinks=make_sinks(text if wants_text else None, mine),
+            num_readers=recipe.encode.num_readers,
+            num_actors=recipe.encode.num_workers,
+            num_gpus=recipe.encode.num_gpus,
+            only=partitions,
+        )  # fmt: skip
 
 
 def make_sinks(text: TableWriter | None, latents: Mapping[int, TableWriter]) -> list[Sink]:
@@ -119,41 +130,54 @@ def choose_shapes(settings: EncodeSettings, patch: int) -> dict[int, tuple[Size,
     return {side: buckets(side, multiple) for side in settings.resolutions}
 
 
-def describe_encoders(settings: EncodeSettings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What consumers must know of both encoders: the manifests' ``extra`` of text and latents."""
+def describe_text_encoder(settings: EncodeSettings) -> dict[str, Any]:
+    """The text manifest's ``extra``: what consumers must know. Run it where the encoder fits."""
     device = _choose_device()
-    eight_bit = settings.text_encoder_8bit and device != "cpu"  # workers may have what we lack
+    eight_bit = settings.text_encoder_8bit and device != "cpu"
     text = load_text_encoder(
         settings.text_encoder, settings.max_tokens, device, eight_bit=eight_bit
     )
-    autoencoder = load_autoencoder(settings.autoencoder)
     null = base64.b64encode(pack_features(text.encode([""])[0])).decode()
-    return (
-        {"digest": text.digest, "width": text.width, "null_features": null},
-        {
-            "digest": autoencoder.digest,
-            "factor": autoencoder.factor,
-            "channels": autoencoder.channels,
-            "scale": autoencoder.scale,
-        },
-    )
+    return {"digest": text.digest, "width": text.width, "null_features": null}
+
+
+def describe_autoencoder(settings: EncodeSettings) -> dict[str, Any]:
+    """The latent manifests' ``extra``."""
+    found = load_autoencoder(settings.autoencoder)
+    names = ("digest", "factor", "channels", "scale")
+    return {name: getattr(found, name) for name in names}
+
+
+def commit(recipe: Recipe, text: TableWriter, latents: dict[int, TableWriter]) -> None:
+    """Write the manifests. The text encoder is described by a task with a worker's GPU: T5-XXL is
+    too large for many a driver."""
+    settings = recipe.encode
+    if not text.is_committed:
+        describe = ray.remote(num_gpus=settings.num_gpus)(describe_text_encoder)
+        text.commit(ray.get(describe.remote(settings)))
+    for writer in latents.values():
+        if not writer.is_committed:
+            writer.commit(describe_autoencoder(settings))
 
 
 @dataclass(frozen=True)
 class _Read:
     """Joins a partition's tables and prepares its rows; runs on CPUs alone."""
 
-    tables: Inputs
+    places: Mapping[str, str]  # URIs: manifests are too large to send with tasks
     shapes: Mapping[int, Sequence[Size]]
     refuse_extreme: bool
 
     def __call__(self, k: int) -> pa.Table:
+        images, selection, captions = (
+            open_cached(self.places[kind]) for kind in ("images", "selection", "captions")
+        )
         columns = ["id", "width", "height", *(("bytes", "uri") if self.shapes else ())]
-        items = self.tables["images"].read(k, columns)
-        captions = self.tables["captions"].read(k, ["status", "captions"])
-        items = items.append_column("status", self.tables["selection"].read(k, ["status"])[0])
-        items = items.append_column("text_status", captions["status"])
-        items = items.append_column("captions", captions["captions"])
+        items = images.read(k, columns)
+        said = captions.read(k, ["status", "captions"])
+        items = items.append_column("status", selection.read(k, ["status"])[0])
+        items = items.append_column("text_status", said["status"])
+        items = items.append_column("captions", said["captions"])
         return prepare_rows(items.to_pylist(), self.shapes, refuse_extreme=self.refuse_extreme)
 
 
@@ -173,37 +197,47 @@ def prepare_rows(
     for side in shapes:
         fields += [(f"pixels_{side}", pa.large_binary())]
         fields += [(f"{name}_{side}", pa.int32()) for name in ("rows", "columns")]
-    prepared = [_prepare(item, shapes, refuse_extreme) for item in items]
+    blank = {f"{name}_{s}": value for s in shapes
+             for name, value in (("pixels", b""), ("rows", 0), ("columns", 0))}  # fmt: skip
+    kept = ("id", "status", "text_status", "captions", "width", "height")
+    prepared = [{name: item[name] for name in kept} | blank for item in items]
+    if refuse_extreme and shapes:
+        for row in prepared:
+            if row["status"] == OK and is_extreme(row["height"], row["width"]):
+                size = f"{row['width']}x{row['height']}"
+                row["status"] = f"rejected: longer than {MAX_RATIO}:1 ({size})"
+    wanted = [item | {"status": row["status"]} for item, row in zip(items, prepared, strict=True)]
+    for row, picture in zip(prepared, read_pictures(wanted if shapes else []), strict=False):
+        if isinstance(picture, PictureError):
+            row["status"] = f"rejected: {picture}"
+        elif picture is not None:
+            row.update(_crop(picture, shapes))
     return pa.Table.from_pylist(prepared, pa.schema(fields))
 
 
-def _prepare(
-    item: dict[str, Any], shapes: Mapping[int, Sequence[Size]], refuse_extreme: bool
-) -> dict[str, Any]:
-    kept = ("id", "status", "text_status", "captions", "width", "height")
-    row = {name: item[name] for name in kept}
-    for side in shapes:
-        row |= {f"pixels_{side}": b"", f"rows_{side}": 0, f"columns_{side}": 0}
-    height, width = item["height"], item["width"]
-    if item["status"] != OK or not shapes:
-        return row
-    if refuse_extreme and is_extreme(height, width):
-        return row | {"status": f"rejected: longer than {MAX_RATIO}:1 ({width}x{height})"}
-    try:
-        picture = read_picture(item)
-    except ValueError as error:
-        return row | {"status": f"rejected: {error}"}
+def _crop(
+    picture: NDArray[np.uint8], shapes: Mapping[int, Sequence[Size]]
+) -> dict[str, bytes | int]:
+    """The picture's pixels in its shape of each resolution."""
+    found: dict[str, bytes | int] = {}
     for side, choice in shapes.items():
-        bucket = nearest_bucket(height, width, choice)
-        row |= {f"rows_{side}": bucket.height, f"columns_{side}": bucket.width}
-        row[f"pixels_{side}"] = fit(picture, bucket).tobytes()
-    return row
+        bucket = nearest_bucket(picture.shape[0], picture.shape[1], choice)
+        found |= {f"rows_{side}": bucket.height, f"columns_{side}": bucket.width}
+        found[f"pixels_{side}"] = fit(picture, bucket).tobytes()
+    return found
 
 
 class _Encode:
     """Pixels -> moments a bucket at a time, captions -> features by length."""
 
-    def __init__(self, settings: EncodeSettings, sides: tuple[int, ...], text: bool) -> None:
+    def __init__(
+        self, settings: EncodeSettings, sides: tuple[int, ...], text: bool,
+        text_revision: str = "", autoencoder_revision: str = "",
+    ) -> None:  # fmt: skip
+        if text_revision:
+            check_revision(T5, settings.text_encoder, text_revision)
+        if autoencoder_revision:
+            check_revision(AUTOENCODER, settings.autoencoder, autoencoder_revision)
         self._device = _choose_device()
         self._settings, self._sides = settings, sides
         if sides:

@@ -24,15 +24,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pixart_jobs.recipe import Recipe, SelectSettings
-from pixart_platform.batches import Condition
+from pixart_platform.batches import Condition, map_ahead
 from pixart_platform.errors import RecipeError
 from pixart_platform.partitions import Progress
 from pixart_platform.storage import Folder
 from pixart_platform.tables import OK, SCHEMAS, Table, TableWriter, count_statuses
 
 SCHEMA = "selection/1"
+_THREADS = 16  # requests at a time
 Rows = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+Read = Callable[[int, list[str]], pa.Table]  # columns of a partition of the image table
 _LEAF_ROWS = 512
 _PAIRS_AT_ONCE = 1 << 21
 _MIXER = np.uint64(0x9E3779B97F4A7C15)  # odd: 2^64 / golden ratio
@@ -63,10 +65,13 @@ def run(recipe: Recipe, images: Table, writer: TableWriter) -> Progress:
     """Decide over all rows and write the unfinished partitions, in this process."""
     found = select_rows(images.read, images.num_partitions, recipe.select)
     written = writer.written()
-    for k, rows in enumerate(found):
-        if k not in written:
-            writer.write(k, rows)
-            yield k, count_statuses(rows)
+
+    def write(item: tuple[int, pa.Table]) -> tuple[int, dict[str, int]]:
+        writer.write(*item)
+        return item[0], count_statuses(item[1])
+
+    unwritten = ((k, rows) for k, rows in enumerate(found) if k not in written)
+    return map_ahead(write, unwritten, _THREADS)
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,7 @@ def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
     return np.asarray(column.to_numpy())
 
 
-def select_rows(
-    read: Callable[[int, list[str]], pa.Table], num_partitions: int, settings: SelectSettings
-) -> Iterator[pa.Table]:
+def select_rows(read: Read, num_partitions: int, settings: SelectSettings) -> Iterator[pa.Table]:
     """Rows of a selection table, partition by partition; ``read`` gives columns of the image table.
 
     Rows that were rejected before keep their status.
@@ -141,8 +144,10 @@ def select_rows(
 
     named = np.unique(earlier[earlier < np.arange(len(earlier))])
     names: dict[int, str] = {}
-    for k in range(num_partitions):
-        rows = read(k, ["id", "status", "source"])
+    again = map_ahead(
+        lambda k: read(k, ["id", "status", "source"]), range(num_partitions), _THREADS
+    )
+    for k, rows in enumerate(again):
         first, last = begins[k : k + 2]
         mine = named[slice(*np.searchsorted(named, (first, last)))]
         names |= zip(mine.tolist(), rows["source"].take(mine - first).to_pylist(), strict=True)
@@ -153,8 +158,15 @@ def select_rows(
         yield pa.table({"id": rows["id"], "status": pa.array(status, pa.string())})
 
 
+def _read_all(read: Read, num_partitions: int, columns: list[str]) -> Iterator[pa.Table]:
+    def read_one(k: int) -> pa.Table:
+        return read(k, columns)
+
+    return map_ahead(read_one, range(num_partitions), _THREADS)
+
+
 def _gather(
-    read: Callable[[int, list[str]], pa.Table], num_partitions: int, filters: list[Filter]
+    read: Read, num_partitions: int, filters: list[Filter]
 ) -> tuple[Hashes, Hashes, NDArray[np.int8], Rows]:
     """(N,) ids' first 8 bytes, perceptual hashes, verdicts; (partitions + 1,) where each begins.
 
@@ -163,8 +175,7 @@ def _gather(
     """
     columns = {"id", "status", "phash"}.union(*(one.columns for one in filters))
     keys, hashes, verdicts = [], [], []
-    for k in range(num_partitions):
-        rows = read(k, sorted(columns))
+    for rows in _read_all(read, num_partitions, sorted(columns)):
         keys.append(np.array([int(i[:16], 16) for i in rows["id"].to_pylist()], np.uint64))
         hashes.append(_to_numpy(rows["phash"]).astype(np.uint64))
         verdict = np.zeros(rows.num_rows, np.int8)

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pixart_models.config import ModelInputError
 from pixart_models.digits import DigitReader, UnreadableImage, describe
 from pixart_models.revision import model_revision, revision_of
 from pixart_models.text import (
@@ -38,6 +39,9 @@ _MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{1,20}\]")  # <image>, <|im_end|>
 _SENTENCE = re.compile(r".*[.!?][\"')\]]*(?=\s|$)", re.DOTALL)
 _FAULTS = (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError)
 logger = logging.getLogger(__name__)
+
+
+_NO_MEMORY = "out of GPU memory"
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ class VisionLanguageCaptioner:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        folder = find_model(SPEC, source).folder
+        files = find_model(SPEC, source)
+        folder = files.folder
         with explain_failure(SPEC, source):
             self._processor: Any = AutoProcessor.from_pretrained(folder)
             self._model, report = AutoModelForImageTextToText.from_pretrained(
@@ -125,7 +130,7 @@ class VisionLanguageCaptioner:
         self._model = self._model.to(device).eval()
         tokenizer = self._processor.tokenizer
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        self.name, self.revision = source, revision_of(folder)
+        self.name, self.revision = source, revision_of(files)
         self._prompts, self._show_raw = tuple(prompts), show_raw
         self._max_new_tokens = max_new_tokens
 
@@ -155,10 +160,15 @@ class VisionLanguageCaptioner:
         except torch.AcceleratorError:  # the device is lost, which is no picture's fault
             raise
         except torch.OutOfMemoryError:  # its own words tell sizes, which differ between runs
-            problem = "out of GPU memory"
+            problem = _NO_MEMORY
         except _FAULTS as error:
             problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         half = len(pictures) // 2
+        if not half and problem == _NO_MEMORY:  # the machine's fault: no verdict on the picture
+            raise ModelInputError(
+                f"the captioner is out of GPU memory with a single picture of {pictures[0].size}; "
+                f"free the GPU, or lower caption.max_side or max_new_tokens"
+            )
         if not half:
             return [Caption(problem=problem)] * len(pictures)
         logger.warning("captioning %d pictures by halves: %s", len(pictures), problem)

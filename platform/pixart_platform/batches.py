@@ -2,19 +2,19 @@
 
 ``RowIndex`` turns aligned tables and a condition into the counts an Order needs and back from
 sample numbers to rows: a byte a row, and a few a block (row group). Payloads stay in the mapped
-file until a batch copies them (``blocks``). ``Prefetcher`` reads and decodes the next batches on
+file until a batch copies them (``blocks``). ``map_ahead`` reads and decodes the next batches on
 threads, so that a step never waits for storage.
 """
 
 import operator
 import re
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -201,23 +201,20 @@ def _check_columns(where: Condition, images: Table) -> None:
 
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
-class Prefetcher(Generic[Item]):
-    """Items ``first..last - 1`` of a function, computed ahead on ``depth`` threads, in order."""
-
-    def __init__(self, make: Callable[[int], Item], first: int, last: int, depth: int = 4) -> None:
-        self._make, self._next, self._last, self._depth = make, first, last, depth
-
-    def __iter__(self) -> Iterator[Item]:
-        with ThreadPoolExecutor(self._depth, thread_name_prefix="prefetch") as pool:
-            waiting: deque[Future[Item]] = deque()
-            try:
-                while waiting or self._next < self._last:
-                    while self._next < self._last and len(waiting) < self._depth:
-                        waiting.append(pool.submit(self._make, self._next))
-                        self._next += 1
+def map_ahead(make: Callable[[Item], Made], items: Iterable[Item], depth: int) -> Iterator[Made]:
+    """``map`` on ``depth`` threads, in order, at most that many results ahead of the reader."""
+    with ThreadPoolExecutor(depth, thread_name_prefix="ahead") as pool:
+        waiting: deque[Future[Made]] = deque()
+        try:
+            for item in items:
+                if len(waiting) == depth:
                     yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+                waiting.append(pool.submit(make, item))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

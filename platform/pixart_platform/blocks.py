@@ -31,6 +31,7 @@ from pixart_platform.manifest import FileRecord
 from pixart_platform.storage import Folder, LocalFolder, write_atomic
 from pixart_platform.tables import SCHEMAS, Table
 
+_TRIES = 5
 _COPYING = BoundedSemaphore(4)  # whole partitions in memory at a time
 Block = dict[str, Callable[[int], Any]]  # of each column, the value by row
 
@@ -43,23 +44,32 @@ def read_block(table: Table, k: int, group: int, names: list[str]) -> tuple[Bloc
     schema = SCHEMAS[table.manifest.schema]
     payloads = {n for n in names if schema.field(n).type in (pa.binary(), pa.large_binary())}
     block: Block = {}
-    path = find_local(table.manifest.files[k].home(table.folder), table.manifest.files[k])
+    record = table.manifest.files[k]
+    home = record.home(table.folder)
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        mapped = _open_local(home, record)
+        with pq.ParquetFile(mapped) as file:
             for name in payloads:
-                if column := _map_column(path, file, group, name):
+                if column := _map_column(mapped, file, group, name):
                     block[name] = column.__getitem__
             rest = file.read_row_group(
                 group, [n for n in names if n not in block], use_threads=False
             )
     except (OSError, ValueError, LookupError) as error:
         raise ManifestError(
-            f"{path}: row group {group} cannot be read ({error}); restore it"
+            f"{home.uri}/{record.name}: row group {group} cannot be read ({error}); restore it"
         ) from error
     for name in rest.column_names:
         values = rest[name]
         block[name] = partial(_view, values) if name in payloads else values.to_pylist().__getitem__
     return block, rest.nbytes
+
+
+def _open_local(home: Folder, record: FileRecord) -> pa.MemoryMappedFile:
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):  # another rank made room in between
+            return pa.memory_map(str(find_local(home, record)))
+    raise FileNotFoundError(f"no room for it in the cache, or it is gone: {home.uri}")
 
 
 def find_local(home: Folder, record: FileRecord) -> Path:
@@ -90,7 +100,7 @@ def find_local(home: Folder, record: FileRecord) -> Path:
 def _make_room(cache: Path, num_bytes: int) -> None:
     """Delete copies, those used longest ago first; whoever has one mapped keeps it."""
     copies = []
-    for path in cache.glob("*.parquet"):
+    for path in cache.iterdir():  # what a killed rank was writing too
         with suppress(FileNotFoundError):  # another rank makes room too
             stat = path.stat()
             copies.append((stat.st_mtime, stat.st_size, path))
@@ -107,7 +117,9 @@ def _view(values: pa.ChunkedArray, row: int) -> memoryview:
     return memoryview(values[row].as_buffer() or b"").cast("B")
 
 
-def _map_column(path: Path, file: pq.ParquetFile, group: int, name: str) -> "PlainColumn | None":
+def _map_column(
+    mapped: pa.MemoryMappedFile, file: pq.ParquetFile, group: int, name: str
+) -> "PlainColumn | None":
     """A binary column of a row group, mapped; None if its values are not plain in the file."""
     place = [file.schema.column(i).path for i in range(len(file.schema))].index(name)
     column, chunk = file.schema.column(place), file.metadata.row_group(group).column(place)
@@ -117,9 +129,9 @@ def _map_column(path: Path, file: pq.ParquetFile, group: int, name: str) -> "Pla
         or (column.max_definition_level, column.max_repetition_level) != (1, 0)
     ):
         return None
-    mapped = memoryview(pa.memory_map(str(path)).read_buffer()).cast("B")
-    start = chunk.data_page_offset
-    return PlainColumn(mapped[start : start + chunk.total_compressed_size])
+    mapped.seek(chunk.data_page_offset)
+    payload = mapped.read_buffer(chunk.total_compressed_size)
+    return PlainColumn(memoryview(payload).cast("B"))
 
 
 class PlainColumn:

@@ -28,6 +28,7 @@ from pixart_platform.storage import Entry, FileAbsent
 
 _ATTEMPTS = 8
 _CONNECTIONS = 32
+_DENIED = ("403", "AccessDenied")
 _READ_SECONDS = 60
 _PART_BYTES = 32 << 20  # parts of an upload; S3 allows 10,000, so files up to 320 GB
 _BROKEN = (
@@ -183,7 +184,8 @@ class S3Folder:
                 raise FileExistsError(place) from error
             if code in ("409", "ConditionalRequestConflict"):
                 raise _Conflict(f"{place}: other writers held it {_ATTEMPTS} times") from error
-            raise StorageError(f"{place}: S3 answered {code} {message}".rstrip()) from error
+            need = "; needed are s3:GetObject, s3:PutObject and s3:ListBucket" * (code in _DENIED)
+            raise StorageError(f"{place}: S3 answered {code} {message}".rstrip() + need) from error
         except botocore.exceptions.NoCredentialsError as error:
             raise StorageError(
                 f"{place}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a "

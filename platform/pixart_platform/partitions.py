@@ -53,16 +53,18 @@ def run_partitions(
     num_actors: int,
     num_gpus: float = 0,
     engine: Callable[[Dataset], Dataset] | None = None,
+    only: Iterable[int] | None = None,
 ) -> Progress:
     """Run the unfinished partitions; yields (partition, rows by status) as each is written.
 
     ``transform`` is a class: instances are built once per actor and called with a partition's
     rows. Raises the transform's own error when a whole partition fails. An ``engine`` that brings
-    its own actors may stand in for it; it may join blocks, but not split or reorder them.
+    its own actors may stand in for it; it may join blocks, but not split or reorder them. ``only``
+    some partitions are run.
     """
     written = [sink.writer.written() for sink in sinks]
-    everything = range(sinks[0].writer.num_partitions)
-    pending = [k for k in everything if not all(k in done for done in written)]
+    asked = range(sinks[0].writer.num_partitions) if only is None else only
+    pending = [k for k in asked if not all(k in done for done in written)]
     if not pending:
         return
     # The driver's context is one per process and Ray copies it into each dataset: set it first.

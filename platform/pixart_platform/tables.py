@@ -1,4 +1,4 @@
-"""Tables: folders of ``part-00017.parquet`` files with a manifest, aligned row by row.
+"""Tables: folders of ``part-00017-<digest>.parquet`` files with a manifest, aligned row by row.
 
 Partition k of every table holds the same ids in the same order as partition k of the image table,
 rejected rows included (empty payload, ``status`` says why), so a join is a zip and nothing is lost
@@ -16,8 +16,9 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,10 @@ class TableWriter:
 
     def written(self) -> set[int]:
         """Finished partitions: those whose record, written last, is there."""
-        names = (entry.name for entry in self.folder.walk(_RECORDS))
-        return {int(name[len(_RECORDS) : -len(".json")]) for name in names}
+        names = (
+            re.fullmatch(rf"{_RECORDS}(\d+)\.json", e.name) for e in self.folder.walk(_RECORDS)
+        )
+        return {int(match[1]) for match in names if match}
 
     def is_written(self, k: int) -> bool:
         return self.folder.find(_record_name(k)) is not None
@@ -165,16 +168,15 @@ class TableWriter:
         known: dict[str, FileRecord] = {}
         for name in self.folder.parent.children() if missing else []:
             if name.rpartition("-")[0] == kind and name != self.folder.name:
-                neighbour = self.folder.parent / name
-                if neighbour.find(MANIFEST_FILE):
+                with suppress(ManifestError):  # unfinished or damaged
                     known |= {
                         record.key: replace(record, folder=record.folder or name)
-                        for record in load_manifest(neighbour).files
+                        for record in load_manifest(self.folder.parent / name).files
                     }
-        adopted = [(k, known[self.keys[k]]) for k in sorted(missing) if self.keys[k] in known]
-        for k, record in adopted:
-            self._record(k, record)
-        return len(adopted)
+        adopted = [k for k in sorted(missing) if self.keys[k] in known]
+        with ThreadPoolExecutor(_RECORD_THREADS) as pool:
+            done = pool.map(lambda k: self._record(k, known[self.keys[k]]), adopted)
+        return len([*done])
 
     def write(self, k: int, rows: pa.Table) -> None:
         """Write partition ``k`` whole: data first, record last.
@@ -290,6 +292,12 @@ def verify_table(place: str | Path | Folder) -> Manifest:
             f"{table.folder.uri}: two rows that are ok have an id that begins {twice[0]:016x}"
         )
     return manifest
+
+
+@lru_cache(maxsize=16)
+def open_cached(uri: str) -> Table:
+    """A table that a process reads again and again, opened once. Raises ManifestError."""
+    return Table.open(uri)
 
 
 def find_rejects(

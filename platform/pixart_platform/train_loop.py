@@ -15,13 +15,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pixart_platform.batches import Prefetcher, RowIndex
+from pixart_platform.batches import RowIndex, map_ahead
 from pixart_platform.checkpoint import StateStore
 from pixart_platform.engine import Engine, OptimizerSettings
 from pixart_platform.errors import TrainingError
 from pixart_platform.order import Order, slice_of_rank
 from pixart_platform.seeds import SampleDraws
 
+_AHEAD = 4  # batches that are being read
 _log = logging.getLogger(__name__)
 
 
@@ -128,7 +129,7 @@ def train(
 
     meter = _Meter()
     first = images_seen // batch_images
-    for batch, draws in Prefetcher(make, first, settings.num_batches):
+    for batch, draws in map_ahead(make, range(first, settings.num_batches), _AHEAD):
         rate = optimizer.rate_at(images_seen, settings.total_images)
         engine.set_learning_rate(rate)
         loss = task.loss(engine.module, batch, draws)

@@ -43,7 +43,7 @@ from pixart_jobs.sources import open_source
 from pixart_jobs.stage_task import LatentTask
 from pixart_models.config import get_preset
 from pixart_models.snapshot import SnapshotConfig
-from pixart_platform.batches import Condition, Prefetcher, RowIndex
+from pixart_platform.batches import Condition, RowIndex, map_ahead
 from pixart_platform.order import Order
 from pixart_platform.partitions import Sink, run_partitions
 from pixart_platform.seeds import SampleDraws
@@ -132,7 +132,9 @@ def bare_loop(recipe: Recipe, tables: dict[str, Table], name: str) -> float:
     """Rows per second of the same reader, model and writer, called in turn on one thread."""
     text, latents = encode_writers(recipe, tables, name)
     shapes = encode.choose_shapes(recipe.encode, patch=2)
-    read = encode._Read(tables, shapes, refuse_extreme=False)
+    read = encode._Read(
+        {kind: t.folder.uri for kind, t in tables.items()}, shapes, refuse_extreme=False
+    )
     model = encode._Encode(recipe.encode, tuple(shapes), text=True)
     sinks = encode.make_sinks(text, latents)
     ends = []
@@ -247,7 +249,7 @@ def our_batches(tables: dict[str, Any], batch: int, first: int = 0) -> Iterator[
         return len(decoded.features)
 
     num_batches = sum(int(c.sum()) for c in index.counts.values()) // batch
-    yield from Prefetcher(make, first, num_batches)
+    yield from map_ahead(make, range(first, num_batches), 4)
 
 
 def to_tensors(moments: list[bytes], features: list[bytes]) -> tuple[Tensor, list[Tensor]]:
