@@ -1,17 +1,19 @@
 """What every test gets: one torch thread, reproducible hypothesis, no chatter, no downloads.
 
-And for those who ask: ``bucket``, an empty folder of an S3 server that really listens.
+And for those who ask: ``bucket``, an empty folder of an S3 server that really listens, and
+``root``, which runs a test twice: in an empty folder of this machine and in such a bucket.
 """
 
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-from pixart_platform.storage import Folder
+from pixart_platform.storage import Folder, LocalFolder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -40,3 +42,12 @@ def bucket(s3_endpoint: str) -> Folder:  # noqa: ARG001
     from chaos_s3 import make_bucket
 
     return make_bucket(f"test-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """An empty folder, of either kind."""
+    if request.param == "local":
+        return LocalFolder(tmp_path)
+    bucket: Folder = request.getfixturevalue("bucket")
+    return bucket

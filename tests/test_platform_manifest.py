@@ -19,7 +19,7 @@ from pixart_platform.manifest import (
     load_manifest,
     verify_folder,
 )
-from pixart_platform.storage import Folder, LocalFolder
+from pixart_platform.storage import Folder
 from pixart_platform.tables import TableWriter
 
 CONTENTS = {"part-0": bytes(range(256)) * 3, "part-1": b"short"}
@@ -33,15 +33,6 @@ def fill(place: Path) -> Manifest:
     counts = ({"ok": 3, "rejected": 1}, {"ok": 2})
     records = [FileRecord.of(place / n, c) for n, c in zip(CONTENTS, counts, strict=True)]
     return Manifest("images/2", {"side": [1, 2]}, {"images": "abc"}, tuple(records), {"width": 8})
-
-
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """An empty folder."""
-    if request.param == "local":
-        return LocalFolder(tmp_path)
-    bucket: Folder = request.getfixturevalue("bucket")
-    return bucket
 
 
 def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from moto.s3.models import s3_backends
 
 from pixart_platform.errors import StorageError
 from pixart_platform.storage import (
-    Entry,
     FileAbsent,
     Folder,
     LocalFolder,
@@ -38,13 +37,10 @@ from pixart_platform.storage import (
 BIG = 1 << 20
 
 
-@pytest.fixture(params=["local", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """An empty folder with a name of its own, below nothing else."""
-    if request.param == "local":
-        return LocalFolder(tmp_path) / "deep" / "tables"
-    bucket: Folder = request.getfixturevalue("bucket")
-    return bucket / "deep" / "tables"
+@pytest.fixture
+def folder(root: Folder) -> Folder:
+    """An empty folder, below others."""
+    return root / "deep" / "tables"
 
 
 def names_of(folder: Folder, prefix: str = "") -> list[str]:
@@ -404,7 +400,3 @@ def test_a_bucket_that_is_not_there_is_named(use: str) -> None:
     with pytest.raises(StorageError, match=r"s3://nobodys/x.*: there is no bucket 'nobodys'") as e:
         USES[use](open_folder("s3://nobodys/x"))
     assert not isinstance(e.value, FileAbsent)
-
-
-def test_entries_sort_by_name() -> None:
-    assert sorted([Entry("b", 1, ""), Entry("a", 2, "")])[0].name == "a"

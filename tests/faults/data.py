@@ -4,7 +4,7 @@
 
 A small recipe's tables (ingest, select, caption, encode) are made once undisturbed. Then they are
 made again and again while the driver, a worker or the raylet is killed at random moments, half of
-them soon after a partition was finished, and the command is repeated until it ends, as by a user.
+them soon after a partition was begun, and the command is repeated until it ends, as by a user.
 With ``--store s3``, the default, that is on a server that fails a tenth of its calls
 (``chaos_s3``), in a full run some of them by a silence that outlasts the client's timeout. Each
 time, every table must have the digest of the undisturbed run and verify, and no partition may have
@@ -34,7 +34,6 @@ from typing import Any
 import psutil
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from chaos_s3 import ChaosS3, endpoint, make_bucket
 from processes import family, kill
 
 from pixart_platform.errors import ManifestError
@@ -221,7 +220,7 @@ class Campaign:
             status = None
             before = len(kills)
             while status is None:
-                status = self._wait(driver, store, half_done=len(kills) % 2 == 0)
+                status = self._wait(driver, root, half_done=len(kills) % 2 == 0)
                 if status is None and len(kills) < num_kills:
                     kills.append(self._kill_one(driver, store))
                     status = self._see_if_it_died(driver, kills[-1].kind)
@@ -236,14 +235,14 @@ class Campaign:
         self.repeated |= find_repeated(trace, kills)
         self.num_begun_twice += len(trace) - len({partition for _, partition in trace})
 
-    def _wait(self, driver: Driver, store: Folder, *, half_done: bool) -> int | None:
-        """Any time, or a moment after another partition is finished, where most is at stake."""
+    def _wait(self, driver: Driver, root: Path, *, half_done: bool) -> int | None:
+        """Any time, or a moment after another partition was begun, where most is at stake."""
         if not half_done:
             return driver.wait(self.rng.uniform(0, self.max_gap))
-        before, status = find_finished(store), None
-        while status is None and find_finished(store) == before:
-            status = driver.wait(0.2)
-        return driver.wait(self.rng.uniform(0, 2)) if status is None else status
+        before, status = len(read_trace(root)), None
+        while status is None and len(read_trace(root)) == before:
+            status = driver.wait(0.5)
+        return driver.wait(self.rng.uniform(0, 4)) if status is None else status
 
     def _kill_one(self, driver: Driver, store: Folder) -> Kill:
         finished, moment = find_finished(store), time.time()
@@ -276,6 +275,8 @@ def find_digests(store: Folder) -> dict[str, str]:
 
 def run_campaign(base: Folder, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The undisturbed run, the disturbed ones, and the figures."""
+    from chaos_s3 import ChaosS3
+
     num_kills, num_scenes = (4, 200) if options.quick else (30, 600)
     start = time.monotonic()
     calm = Campaign(num_scenes, random.Random(options.seed), max_gap=600)
@@ -327,6 +328,8 @@ def main() -> int:
     if options.drive:
         make_tables(options.drive, Path(options.root), int(options.scenes))
         return 0
+    from chaos_s3 import ChaosS3, endpoint, make_bucket  # seconds that no driver needs
+
     scratch = Path(tempfile.mkdtemp(prefix="campaign-"))
     with ChaosS3() as server, endpoint(server.uri):
         base = make_bucket("campaign") if options.store == "s3" else open_folder(scratch / "store")
