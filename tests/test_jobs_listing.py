@@ -128,11 +128,9 @@ def keep(
     return keep_listing(folder, source, rows, lambda _: found(content))
 
 
-@pytest.fixture(params=["local", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    if request.param == "local":
-        return LocalFolder(tmp_path / "kept")
-    return request.getfixturevalue("bucket") / "kept"  # type: ignore[no-any-return]
+@pytest.fixture
+def folder(root: Folder) -> Folder:
+    return root / "kept"
 
 
 def test_an_unchanged_source_writes_nothing(folder: Folder) -> None:

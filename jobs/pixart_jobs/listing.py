@@ -11,8 +11,10 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import re
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +29,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pixart_platform.errors import StorageError
-from pixart_platform.storage import Entry, FileAbsent, Folder
+from pixart_platform.storage import Entry, Folder, reading
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".png",
+    ".tif", ".tiff", ".webp",
+)  # fmt: skip
 CAPTION_KEYS = ("caption", "text", "prompt", "description")
 METADATA = "metadata.jsonl"
 GONE = "gone from the source"
@@ -51,7 +56,7 @@ _COLUMNS = (  # of image, caption and label in a Parquet file: their names, and 
 )
 _HIDDEN = re.compile(r"(^|/)(\.(?!\.?[/\\])|__MACOSX/)")
 _NO_DATA = re.compile(r"(^|/)[._]")  # _delta_log, _metadata and their like
-_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+_COMPRESSED = re.compile(r"\.t(ar\.)?(gz|bz2?|xz|zst|lz4|lzma)$", re.IGNORECASE)
 
 
 class Item(NamedTuple):
@@ -184,7 +189,7 @@ def look_through(kind: str, folder: Folder, only: str, previous: pa.Table) -> pa
     else:
         classes = kind == "classes"
         found = to_table(_find_classes(folder, previous) if classes else _find_captioned(folder))
-    if not len(found):
+    if pc.all(pc.equal(found["file"], METADATA.encode()), min_count=0).as_py():  # only its lines
         sought = f".{kind}" if kind in ("tar", "parquet") else ", ".join(IMAGE_SUFFIXES)
         raise StorageError(f"no such place, or no images in it (files that end in {sought})")
     return found
@@ -202,17 +207,21 @@ def split_name(name: str) -> tuple[str, str, str]:
 def _walk(folder: Folder, suffixes: tuple[str, ...]) -> Iterator[Item]:
     for entry in folder.walk():
         if split_name(entry.name)[2] in suffixes and not _HIDDEN.search(entry.name):
-            yield Item(entry.name, entry.name, num_bytes=entry.num_bytes, tag=entry.tag)
+            yield Item(entry.name, entry.name, num_bytes=entry.num_bytes, tag=tag_of(entry))
 
 
 def _find_captioned(folder: Folder) -> Iterator[Item]:
     """Images with ``NAME.txt`` or ``NAME.json`` beside them, or a line of ``metadata.jsonl``."""
-    lines = _index_lines(folder)
-    items = _walk(folder, IMAGE_SUFFIXES + _CAPTION_SUFFIXES)  # sorted: a key's are together
-    for _, together in groupby(items, key=lambda item: split_name(item.name)[1]):
+    lines, matched = _index_lines(folder), {""}  # blank lines
+    items = _walk(folder, IMAGE_SUFFIXES + _CAPTION_SUFFIXES)
+    # Sorted, so what begins alike is together: of a key alone it is not, a.b/c lies in its midst.
+    for _, together in groupby(items, key=lambda item: item.name.partition(".")[0]):
         for item in _pair(list(together)):
-            line = None if item.caption else lines.get(item.name)
-            yield _with_caption(item, line) if line else item
+            name = _normalize(item.name)
+            matched |= {name} & lines.keys()
+            yield item if item.caption or name not in lines else _with_caption(item, lines[name])
+    for name in lines.keys() - matched:
+        yield lines[name]._replace(name=name, problem=f"no such image (in {METADATA} alone)")
 
 
 def _pair(items: list[Item]) -> Iterator[Item]:
@@ -224,9 +233,11 @@ def _pair(items: list[Item]) -> Iterator[Item]:
     for item in items:
         stem, key, suffix = split_name(item.name)
         if suffix in IMAGE_SUFFIXES:
-            names = ((base, end) for base in (stem, key) for end in _CAPTION_SUFFIXES)
-            caption = next((beside[name] for name in names if name in beside), None)
-            if label := beside.get((key, ".cls")):
+            caption, label = (
+                next((beside[b, e] for b in (stem, key) for e in ends if (b, e) in beside), None)
+                for ends in (_CAPTION_SUFFIXES, (".cls",))
+            )
+            if label:
                 problem = item.problem or label.problem
                 item = item._replace(label=label.label, problem=problem)  # noqa: PLW2901
             yield _with_caption(item, caption) if caption else item
@@ -240,22 +251,28 @@ def _with_caption(item: Item, its: Item) -> Item:
 
 
 def _index_lines(folder: Folder) -> dict[str, Item]:
-    """The lines of ``metadata.jsonl`` by the file that they describe. Raises StorageError."""
+    """The lines of ``metadata.jsonl`` by the image that they describe. Raises StorageError."""
     lines: dict[str, Item] = {}
     if folder.find(METADATA) is None:
         return lines
-    with folder.open(METADATA) as file:
+    with reading(folder, METADATA), folder.open(METADATA) as file:
         offset = 0
         for number, line in enumerate(file, 1):
             try:
-                name = json.loads(line)["file_name"] if line.strip() else ""
+                name = _normalize(json.loads(line)["file_name"]) if line.strip() else ""
+                os.fsencode(name)  # JSON can spell surrogates, which no name holds
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise StorageError(
                     f"line {number} of {METADATA} is no JSON object with file_name; correct it"
                 ) from error
-            lines[str(name)] = Item(METADATA, METADATA, offset, len(line), tag_of_line(line))
+            lines[name] = Item(METADATA, METADATA, offset, len(line), tag_of_line(line))
             offset += len(line)
     return lines
+
+
+def _normalize(name: str) -> str:
+    """One spelling for ``./a`` and ``a``, and for letters with their accents apart or together."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name))
 
 
 def tag_of_line(line: bytes) -> str:
@@ -303,15 +320,13 @@ def _find_packed(kind: str, folder: Folder, only: str, previous: pa.Table) -> pa
 
 
 def _index_file(kind: str, folder: Folder, entry: Entry) -> pa.Table:
-    """The items of a tar or Parquet file; a file that cannot be read on is an item that says so."""
+    """The items of a tar or Parquet file, and one more to say so if it is broken somewhere."""
     whole = Item(entry.name, entry.name, num_bytes=entry.num_bytes, tag=tag_of(entry))
     found, faults = list[Item](), list[Item]()
     try:
-        with folder.open(entry.name) as file:
+        with reading(folder, entry.name), folder.open(entry.name) as file:
             for item in (_index_tar if kind == "tar" else _index_rows)(file, whole):
                 found.append(item)  # one by one: what came before a fault is kept
-    except StorageError as error:
-        faults = [whole._replace(tag="", problem=f"unreadable file ({reason_of(error)})")]
     except BROKEN as error:
         faults = [whole._replace(problem=f"broken {kind} file ({printable(str(error))})")]
     return to_table([*(_pair(found) if kind == "tar" else found), *faults])
@@ -382,13 +397,3 @@ def columns_of(schema: pa.Schema, name: str) -> list[str | None]:
 def printable(text: str) -> str:
     """With what is not UTF-8 escaped: tables hold UTF-8 only."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
-def reason_of(error: StorageError) -> str:
-    """Why this one file cannot be read. Raises the error itself when it is about more than that."""
-    cause = error.__cause__
-    if isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError):
-        return str(cause.strerror)
-    if isinstance(error, FileAbsent) or "S3 answered AccessDenied" in str(error):
-        return printable(str(error))
-    raise error

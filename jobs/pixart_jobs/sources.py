@@ -2,11 +2,14 @@
 
 A source answers two questions anywhere in a cluster: how many partitions there are, and what the
 raw items of partition k are. It decodes nothing; ``ingest`` does, and nothing is dropped here: what
-cannot be read is an item with a problem. Tars are read where they lie, in few long reads.
+is broken is an item with a problem. That verdict is for good, so what may be well tomorrow (no
+permission, a sick disk, a file that changed) is an error. Tars are read where they lie, in few long
+reads.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +28,7 @@ from pixart_jobs.recipe import DataSettings
 from pixart_jobs.scenes import compose_scene
 from pixart_platform.errors import StorageError
 from pixart_platform.recipe import digest_of
-from pixart_platform.storage import Folder, open_folder
+from pixart_platform.storage import CHANGED, FileAbsent, Folder, open_folder, reading
 
 _MAX_BYTES = 1 << 28  # of one image or caption file
 _SPAN_BYTES = 64 << 20  # of one read
@@ -61,7 +64,7 @@ class Source(Protocol):
         ...
 
     def read(self, k: int) -> list[RawItem]:
-        """Partition ``k``. Raises StorageError if the store, not just a file, cannot be read."""
+        """Partition ``k``. Raises StorageError if a file cannot be read or has changed."""
         ...
 
 
@@ -121,17 +124,24 @@ class Collection:
 
     def read(self, k: int) -> list[RawItem]:
         items = self.listing.items(k)
-        if self.kind in ("tar", "parquet"):  # a place in other bytes means nothing
-            entries = {name: self.folder.find(name) for name in {item.file for item in items}}
-            tags = {name: entry and listing.tag_of(entry) for name, entry in entries.items()}
-            problem = "changed since it was listed; run again"
-            items = [
-                i if i.problem or i.tag == tags[i.file] else i._replace(problem=problem)
-                for i in items
-            ]
-        read = read_rows if self.kind == "parquet" else read_files
-        found = read(self.folder, [item for item in items if not item.problem])
+        sound = [item for item in items if not item.problem]
+        found = (read_rows if self.kind == "parquet" else read_files)(self.folder, sound)
+        self._require_unchanged(sound)  # after they were read: what changes from now on is not here
         return [self._raw_item(item, found.get(item.name, Found(""))) for item in items]
+
+    def _require_unchanged(self, items: list[Item]) -> None:
+        beside = {i.caption: i.caption_tag for i in items if i.caption_offset == WHOLE}
+        tags = {item.file: item.tag for item in items}
+        tags |= {name: tag for name, tag in beside.items() if tag}
+
+        def check(name: str) -> None:
+            with reading(self.folder, name):
+                entry = self.folder.find(name)
+                if entry is None or listing.tag_of(entry) != tags[name]:
+                    raise FileAbsent(name)
+
+        with ThreadPoolExecutor(listing.THREADS) as pool:
+            list(pool.map(check, tags))
 
     def _raw_item(self, item: Item, found: Found) -> RawItem:
         name, caption, problem = printable(item.name), "", printable(item.problem)
@@ -164,12 +174,13 @@ class Collection:
 def read_caption(item: Item, data: bytes | str | None) -> str:
     """A caption from a text, a JSON document or a line of one.
 
-    Raises ValueError for what is none, and RecursionError for a document too deep to read.
+    Raises ValueError for what is none, RecursionError for a document too deep to read, and
+    StorageError if the line is not the one that was listed.
     """
     if not isinstance(data, bytes):
         raise ValueError(data)
     if item.caption == listing.METADATA and listing.tag_of_line(data) != item.caption_tag:
-        raise ValueError("changed since it was listed; run again")
+        raise StorageError(f"{item.caption} {CHANGED}")
     text = data.decode("utf-8-sig")
     if not item.caption.lower().endswith((".json", ".jsonl")):
         return text.strip()
@@ -179,7 +190,7 @@ def read_caption(item: Item, data: bytes | str | None) -> str:
     found = [document[key] for key in listing.CAPTION_KEYS if key in document]
     if not found and not {"image", "annotations"} <= document.keys():  # SAM's masks say nothing
         raise ValueError(f"none of {', '.join(listing.CAPTION_KEYS)} in it")
-    value = next(iter(found), None)
+    value = next((value for value in found if value is not None), None)
     value = next(iter(value), None) if isinstance(value, list) else value  # the first of several
     if not isinstance(value, str | None):
         raise ValueError(f"its caption is not text but {value!r:.60}")
@@ -222,7 +233,7 @@ def plan_reads(blobs: Iterable[Blob]) -> Iterator[list[Blob]]:
 
 
 def read_files(folder: Folder, items: list[Item]) -> dict[str, Found]:
-    """Images and captions by item. Raises StorageError for what is not one file's fault."""
+    """Images and captions by item. Raises StorageError."""
     plan = plan_reads({blob for item in items for blob in _blobs_of(item)})
     found: dict[Blob, Any] = {}
     with ThreadPoolExecutor(listing.THREADS) as pool:
@@ -234,10 +245,7 @@ def read_files(folder: Folder, items: list[Item]) -> dict[str, Found]:
 def _read_together(folder: Folder, blobs: list[Blob]) -> dict[Blob, bytes | str]:
     if blobs[0].num_bytes > _MAX_BYTES:
         return {blobs[0]: f"{blobs[0].num_bytes} bytes are over {_MAX_BYTES}"}
-    try:
-        data = _read(folder, blobs)
-    except StorageError as error:
-        return dict.fromkeys(blobs, listing.reason_of(error))
+    data = _read(folder, blobs)
     if blobs[0].offset == WHOLE:
         return {blobs[0]: data}
     starts = [blob.offset - blobs[0].offset for blob in blobs]
@@ -246,11 +254,12 @@ def _read_together(folder: Folder, blobs: list[Blob]) -> dict[Blob, bytes | str]
 
 def _read(folder: Folder, blobs: list[Blob]) -> bytes:
     file, start, _ = blobs[0]
-    if start == WHOLE:
-        return folder.read(file)
-    with folder.open(file) as opened:
-        opened.seek(start)
-        return opened.read(blobs[-1].offset + blobs[-1].num_bytes - start)
+    with reading(folder, file):
+        if start == WHOLE:
+            return folder.read(file)
+        with folder.open(file) as opened:
+            opened.seek(start)
+            return opened.read(blobs[-1].offset + blobs[-1].num_bytes - start)
 
 
 def fetch(uri: str) -> bytes:
@@ -263,18 +272,16 @@ def fetch(uri: str) -> bytes:
 
 
 def read_rows(folder: Folder, items: list[Item]) -> dict[str, Found]:
-    """Rows of Parquet files by item. Raises StorageError for what is not one file's fault."""
+    """Rows of Parquet files by item. Raises StorageError for what is no fault of their bytes."""
     found: dict[str, Found] = {}
     for file, group in groupby(items, key=lambda item: item.file):
         names = {item.offset: item.name for item in group}
         reason = "no such row"
         try:
-            with folder.open(file) as opened:
+            with reading(folder, file), folder.open(file) as opened:
                 for row, values in _stream_rows(opened, file, min(names), max(names) + 1):
                     if row in names:
                         found[names.pop(row)] = values
-        except StorageError as error:
-            reason = listing.reason_of(error)
         except listing.BROKEN as error:
             reason = f"broken parquet file: {printable(str(error))}"
         found |= dict.fromkeys(names.values(), Found(reason))
@@ -318,7 +325,7 @@ def _to_values(column: pa.Array) -> list[Any]:
 def open_source(settings: DataSettings, seed: int, keep: Folder) -> Source:
     """The source a recipe names, as it is now; its listing is saved under ``keep``.
 
-    Raises StorageError when there is nothing in it or it cannot be listed.
+    Raises StorageError when there is nothing in it, it cannot be listed, or ``keep`` is in it.
     """
     if settings.source == "digits":
         return DigitScenes(settings.num_scenes, settings.partition_rows, seed)
@@ -327,9 +334,18 @@ def open_source(settings: DataSettings, seed: int, keep: Folder) -> Source:
         folder, only = open_folder(uri), ""
         if kind in ("tar", "parquet") and next(folder.walk(), None) is None:
             folder, only = folder.parent, folder.name
+        if kind != "tar" and not only and _place_of(keep).startswith(_place_of(folder)):
+            raise StorageError(
+                f"{keep.uri}, which the tables go to, lies inside, so that our own pictures would "
+                f"be taken for new ones; set --root or data.store to a place outside"
+            )
         place, rows = f"{kind}:{folder.uri}/{only}", settings.partition_rows
         kept = keep / f"source-{digest_of({'listing': 1, 'source': place, 'rows': rows})[:8]}"
         look = partial(listing.look_through, kind, folder, only)
         return Collection(kind, folder, listing.keep_listing(kept, place, rows, look))
     except StorageError as error:
         raise StorageError(f"data.source = {settings.source}: {error}") from error
+
+
+def _place_of(folder: Folder) -> str:
+    return (folder.uri if "://" in folder.uri else os.path.realpath(folder.uri)).rstrip("/") + "/"

@@ -6,8 +6,10 @@ nothing is there (``object_store``). Readers see files with ``seek``, so Parquet
 needs from either.
 """
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -22,6 +24,8 @@ from pixart_platform.errors import StorageError
 _CHUNK = 1 << 20
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _STAGED = ".staged-"  # begins the names of files that are not there yet; a killed writer leaves one
+CHANGED = "changed since it was listed; run again"
+_DENIED = re.compile("S3 answered (AccessDenied|403)")  # a look alone is refused by number
 
 
 class FileAbsent(StorageError):
@@ -61,7 +65,10 @@ class Folder(Protocol):
         ...
 
     def walk(self, prefix: str = "") -> Iterator[Entry]:
-        """Files at any depth whose names begin with ``prefix``, sorted by name."""
+        """Files at any depth whose names begin with ``prefix``, sorted by name.
+
+        Links to folders are followed, but for those that lead back above themselves.
+        """
         ...
 
     def find(self, name: str) -> Entry | None:
@@ -117,7 +124,10 @@ class LocalFolder:
     def walk(self, prefix: str = "") -> Iterator[Entry]:
         found = []
         start = self.path / prefix.rpartition("/")[0]
-        for folder, _, files in os.walk(start, onerror=_refuse_unless_absent):
+        for folder, below, files in os.walk(start, onerror=_refuse_unless_absent, followlinks=True):
+            if os.path.islink(folder) and _leads_back(folder):
+                below.clear()
+                continue
             for file in files:
                 name = (Path(folder) / file).relative_to(self.path).as_posix()
                 if name.startswith(prefix) and not file.startswith(_STAGED):
@@ -136,8 +146,11 @@ class LocalFolder:
         return Entry(name, found.st_size, str(found.st_mtime_ns))
 
     def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
+        try:
+            with self.open(name) as file:
+                return file.read()
+        except OSError as error:
+            raise StorageError(f"{self.path / name}: cannot be read ({error.strerror})") from error
 
     def open(self, name: str) -> IO[bytes]:
         try:
@@ -174,6 +187,10 @@ def _refuse_unless_absent(error: OSError) -> None:
         raise StorageError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
+def _leads_back(link: str) -> bool:
+    return os.path.realpath(link) in map(os.path.realpath, Path(link).parents)
+
+
 def open_folder(place: str | Path | Folder) -> Folder:
     """The folder behind a path, a ``file://`` or an ``s3://`` URI. Raises StorageError."""
     if not isinstance(place, str | Path):
@@ -190,6 +207,27 @@ def open_folder(place: str | Path | Folder) -> Folder:
     if not bucket:
         raise StorageError(f"{place}: names no bucket; write s3://bucket/prefix")
     return S3Folder(bucket, prefix.strip("/"))
+
+
+@contextmanager
+def reading(folder: Folder, name: str) -> Iterator[None]:
+    """Reading what was listed: StorageError with the way out for all that is not its bytes' fault.
+
+    That passes: ValueError and the like, and OSError without a number (Arrow's) or for a seek to
+    where no file goes. FileAbsent stays one.
+    """
+    try:
+        yield
+    except FileAbsent as error:
+        raise FileAbsent(f"{folder.uri}/{name} {CHANGED}") from error
+    except StorageError as error:
+        if isinstance(error.__cause__, PermissionError) or _DENIED.search(str(error)):
+            raise StorageError(f"{error}; give read permission or move it away") from error
+        raise
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):
+            raise
+        raise StorageError(f"{folder.uri}/{name}: cannot be read ({error.strerror})") from error
 
 
 def sha256_of(folder: Folder, name: str) -> str:
