@@ -23,7 +23,7 @@ TOP_LEVEL = {
 # 9,000 lines and 65 files held the spine. Conversion both ways, strict loaders and forecasts took
 # 500 more; sources in four layouts, S3, selection and reading in place 2,750 and 11 files; plans
 # and their prices the rest.
-MAX_FILES, MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 78, 12900, 400, 60
+MAX_FILES, MAX_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 78, 13000, 400, 60
 LONG_FUNCTIONS = {"platform/pixart_platform/train_loop.py:train"}
 
 Rule = Callable[[Path], list[str]]

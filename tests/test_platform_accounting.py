@@ -1,11 +1,18 @@
-"""What work costs: one short real measurement, and the arithmetic."""
+"""What work costs: one short real measurement, the arithmetic, and what a forecast assumes."""
 
 import time
 
 import pytest
 from pydantic import ValidationError
 
-from pixart_platform.accounting import AccountingSettings, Cost, measure
+from pixart_platform.accounting import (
+    ACCELERATORS,
+    AccountingSettings,
+    Cost,
+    carbon_intensity,
+    measure,
+)
+from pixart_platform.errors import RecipeError
 
 
 def test_a_measured_block_is_charged_even_when_it_fails() -> None:
@@ -38,3 +45,46 @@ def test_costs_become_metrics_by_name() -> None:
 def test_a_country_is_three_capitals(country: str) -> None:
     with pytest.raises(ValidationError, match="country"):
         AccountingSettings(country=country)
+
+
+def test_a_recipe_overrides_only_what_it_names() -> None:
+    given = {"a100-80g": {"usd_per_hour": 1.5, "mfu": {256: 0.3, 512: 0.4}}}
+    kind = AccountingSettings.model_validate({"accelerators": given}).find_accelerator("a100-80g")
+    assert kind.usd_per_hour == 1.5
+    assert kind.watts == ACCELERATORS["a100-80g"].watts
+    assert [kind.mfu_at(side) for side in (128, 256, 511, 512, 1024)] == [0.3, 0.3, 0.3, 0.4, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({"a100-80g": {"mfu": 1.2}}, "a100-80g.mfu"),
+        ({"a100-80g": {"mfu": {}}}, "a100-80g.mfu"),
+        ({"a100-80g": {"price": 2}}, "a100-80g.price"),
+        ({"b200": {"tflops": 2250}}, "b200.watts"),
+        ({"l4": 3}, "l4"),
+        (3, "accelerators"),
+    ],
+)
+def test_an_accelerator_is_described_whole_and_in_range(given: object, place: str) -> None:
+    with pytest.raises(ValidationError, match=place):
+        AccountingSettings.model_validate({"accelerators": given})
+
+
+def test_an_unknown_accelerator_is_told_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match=r"'v100' is unknown; one of a100-40g, .*cpu"):
+        AccountingSettings().find_accelerator("v100")
+
+
+def test_accelerators_are_charged_by_the_hour() -> None:
+    settings = AccountingSettings(country="FRA")
+    cost = settings.charge(ACCELERATORS["a100-80g"], 7200, 8)
+    assert (cost.seconds, cost.usd) == (7200, 32)
+    assert cost.kwh == pytest.approx(9.6)
+    assert cost.co2_kg == pytest.approx(9.6 * carbon_intensity("FRA"))
+    assert carbon_intensity("FRA") < carbon_intensity("USA") / 3
+
+
+def test_a_country_without_a_mix_is_named() -> None:
+    with pytest.raises(RecipeError, match="country = 'XXX'"):
+        carbon_intensity("XXX")

@@ -92,6 +92,29 @@ def run(
 
 
 @cli.command()
+def plan(
+    recipe: RecipeArgument = "digits",
+    gpu: Annotated[
+        str, typer.Option(help="a100-80g, h100-80g, cpu, ...; default a100-80g, or cpu.")
+    ] = "",
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Default train.num_workers GPUs.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    mfu: Annotated[float | None, typer.Option(min=0.001, max=1, help="Share of the peak.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Tell what a recipe costs, before anything starts; refuse one that cannot fit."""
+    from pixart_cluster.recipe import read_recipe
+    from pixart_jobs.plan_sheet import print_plan
+    from pixart_jobs.planner import make_plan
+
+    workers = [f"train.num_workers={nodes * gpus_per_node}"] if nodes else []
+    settings = read_recipe(recipe, [*workers, *(set_ or ())])
+    typer.echo(print_plan(make_plan(settings, gpu, mfu)))
+
+
+@cli.command()
 def serve(
     recipe: RecipeArgument = "digits", root: RootOption = None, set_: SetOption = None
 ) -> None:

@@ -261,6 +261,20 @@ class EvaluateSettings(Section):
     """Lowest value of each metric that may be promoted."""
 
 
+class PlanSettings(Section):
+    """What ``pixart plan`` is told where there is no data yet to count; nothing else reads it."""
+
+    num_images: Count | None = Field(None, ge=1)
+    """Pictures of the source; the sample scenes are counted."""
+    image_bytes: Count | None = Field(None, ge=1)
+    """Mean size of a picture's file; left out, 300 kB, the sample scenes' 4."""
+    text_tokens: float | None = Field(None, gt=0)
+    """Mean tokens of a caption; left out, as many as ``encode.max_tokens``, the sample scenes' 12.
+    """
+    published_gpu_days: dict[str, float] = Field(default_factory=dict)
+    """What stages took elsewhere, to show beside the forecast."""
+
+
 class Recipe(Section):
     """A pipeline from images to an evaluated model; the cluster room adds how it is served."""
 
@@ -278,6 +292,7 @@ class Recipe(Section):
     draw: DrawSettings = DrawSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     accounting: AccountingSettings = AccountingSettings()
+    plan: PlanSettings = PlanSettings()
 
     @property
     def captioner(self) -> str:
@@ -295,6 +310,11 @@ class Recipe(Section):
                 f"data.partition_rows = {self.data.partition_rows}: as many pictures of "
                 f"{max(sides)} x {max(sides)} pixels are more than {_BLOCK_BYTES >> 30} GiB, a "
                 f"partition's share of a worker's memory; write at most {largest}"
+            )
+        if self.caption.keep_raw and self.captioner == "builtin:raw":
+            raise ValueError(
+                "caption.keep_raw = true: the captioner is builtin:raw, so every caption is the "
+                "raw one already; leave it off, or name a captioner"
             )
         for name, stage in self.stages.items():
             place = f"stages.{name}"
