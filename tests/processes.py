@@ -66,3 +66,14 @@ def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
 
 def count_alive(processes: list[psutil.Process]) -> int:
     return sum(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def is_orphan_of_ray(process: psutil.Process) -> bool:
+    """Whether it is Ray's, and its driver is gone; other programs' Ray has a driver that lives."""
+    try:
+        if "ray" not in process.name():
+            return False
+        above = [parent for parent in process.parents() if "ray" not in parent.name()]
+    except psutil.NoSuchProcess:
+        return False
+    return not above or above[0].pid == 1

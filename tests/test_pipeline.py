@@ -19,6 +19,7 @@ from processes import (
     REPOSITORY,
     count_alive,
     family,
+    is_orphan_of_ray,
     kill,
     run,
     start,
@@ -41,7 +42,7 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = {p.pid for p in psutil.process_iter()}
     done = run("demo", MINI, "--root", root)
     assert done.returncode == 0, done.stdout + done.stderr
-    left = [p for p in psutil.process_iter() if p.pid not in before and "ray" in p.name()]
+    left = [p for p in psutil.process_iter() if p.pid not in before and is_orphan_of_ray(p)]
     assert left == [], "processes were left behind"
     return root
 
