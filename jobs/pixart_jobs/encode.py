@@ -153,8 +153,11 @@ def commit(recipe: Recipe, text: TableWriter, latents: dict[int, TableWriter]) -
     too large for many a driver."""
     settings = recipe.encode
     if not text.is_committed:
-        describe = ray.remote(num_gpus=settings.num_gpus)(describe_text_encoder)
-        text.commit(ray.get(describe.remote(settings)))
+        if settings.text_encoder.startswith("builtin:"):
+            text.commit(describe_text_encoder(settings))
+        else:
+            describe = ray.remote(num_gpus=settings.num_gpus)(describe_text_encoder)
+            text.commit(ray.get(describe.remote(settings)))
     for writer in latents.values():
         if not writer.is_committed:
             writer.commit(describe_autoencoder(settings))
