@@ -59,7 +59,7 @@ def names_of(folder: Folder) -> list[str]:
 def test_rows_are_read_as_they_were_written(root: Folder, schema: str) -> None:
     expected = make_rows(schema, ROWS[schema])
     write_table(root, schema, [ROWS[schema], []])
-    table = Table.open(root.uri, schema)
+    table = Table.open(root.uri)
     assert table.read(0).equals(expected)
     assert table.read(0).schema == SCHEMAS[schema]
     assert table.read(1).num_rows == 0
@@ -194,12 +194,6 @@ def test_the_manifest_counts_rows_over_all_partitions(tmp_path: Path) -> None:
     assert table.manifest.num_rows == 5
     assert table.manifest.extra == {"width": 16}
     assert (table.manifest.settings, table.manifest.inputs) == ({"prompt": "p"}, {"images": "abc"})
-
-
-def test_opening_a_table_of_another_schema_is_refused(tmp_path: Path) -> None:
-    write_table(tmp_path, "captions/2", [ROWS["captions/2"]])
-    with pytest.raises(ManifestError, match="holds captions/2, but latents/1 is needed"):
-        Table.open(tmp_path, "latents/1")
 
 
 def test_a_schema_of_another_release_is_refused(tmp_path: Path) -> None:

@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 
 from pixart_jobs.recipe import Recipe, SelectSettings
 from pixart_platform.batches import Condition, map_ahead
-from pixart_platform.errors import RecipeError
 from pixart_platform.partitions import Progress
 from pixart_platform.storage import Folder
-from pixart_platform.tables import OK, SCHEMAS, Table, TableWriter, count_statuses
+from pixart_platform.tables import OK, Table, TableWriter, count_statuses
 
 SCHEMA = "selection/1"
 _THREADS = 16  # requests at a time
@@ -42,16 +41,7 @@ _MIXER = np.uint64(0x9E3779B97F4A7C15)  # odd: 2^64 / golden ratio
 
 def plan(recipe: Recipe, root: Folder, images: Table) -> TableWriter:
     """The writer of this recipe's selection. Raises RecipeError for a column that is not there."""
-    fields = SCHEMAS[images.manifest.schema]
-    numbers = [
-        f.name for f in fields if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)
-    ]
-    for column in Condition.parse(recipe.select.where).columns:
-        if column not in numbers:
-            raise RecipeError(
-                f"select.where: the image table has no column {column!r} of numbers; one of "
-                f"{', '.join(numbers)}"
-            )
+    Condition.parse(recipe.select.where).check(images, "select.where")
     settings = recipe.select.model_dump(mode="json")
     # A partition's verdicts are made from it and all before it.
     parts = accumulate(
@@ -144,10 +134,7 @@ def select_rows(read: Read, num_partitions: int, settings: SelectSettings) -> It
 
     named = np.unique(earlier[earlier < np.arange(len(earlier))])
     names: dict[int, str] = {}
-    again = map_ahead(
-        lambda k: read(k, ["id", "status", "source"]), range(num_partitions), _THREADS
-    )
-    for k, rows in enumerate(again):
+    for k, rows in enumerate(_read_all(read, num_partitions, ["id", "status", "source"])):
         first, last = begins[k : k + 2]
         mine = named[slice(*np.searchsorted(named, (first, last)))]
         names |= zip(mine.tolist(), rows["source"].take(mine - first).to_pylist(), strict=True)

@@ -56,6 +56,16 @@ class Condition:
     def columns(self) -> list[str]:
         return sorted({column for column, _, _ in self.terms})
 
+    def check(self, images: Table, place: str) -> None:
+        """Raise RecipeError, naming ``place``, unless the columns are numbers of ``images``."""
+        known = [f.name for f in SCHEMAS[images.manifest.schema] if _is_number(f.type)]
+        for column in self.columns:
+            if column not in known:
+                raise RecipeError(
+                    f"{place}: the image table has no column {column!r} of numbers; one of "
+                    f"{', '.join(known)}"
+                )
+
     def select(self, rows: pa.Table) -> NDArray[np.bool_]:
         """(rows,) True where every term holds; a null satisfies none."""
         chosen = np.ones(rows.num_rows, bool)
@@ -93,7 +103,7 @@ class RowIndex:
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
         check_aligned([table for table, _ in tables.values()])
-        _check_columns(where, tables["images"][0])
+        where.check(tables["images"][0], "where")
         self._tables, self._cache_bytes = tables, cache_bytes
         files = tables["latents"][0].manifest.files
         self._num_rows = [sum(file.counts.values()) for file in files]
@@ -188,16 +198,6 @@ class RowIndex:
                 del self._blocks[oldest]
                 self._held -= self._sizes.pop(oldest)
         return columns
-
-
-def _check_columns(where: Condition, images: Table) -> None:
-    """Raise RecipeError unless the condition's columns are numbers of the image table."""
-    known = [f.name for f in SCHEMAS[images.manifest.schema] if _is_number(f.type)]
-    for column in where.columns:
-        if column not in known:
-            raise RecipeError(
-                f"where: the image table has no column {column!r} of numbers; one of {known}"
-            )
 
 
 Item = TypeVar("Item")

@@ -10,11 +10,11 @@ import io
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import boto3
 import botocore.exceptions
@@ -24,11 +24,10 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from pixart_platform.errors import StorageError
-from pixart_platform.storage import Entry, FileAbsent
+from pixart_platform.storage import Entry, FileAbsent, FileRefused
 
 _ATTEMPTS = 8
 _CONNECTIONS = 32
-_DENIED = ("403", "AccessDenied")
 _READ_SECONDS = 60
 _PART_BYTES = 32 << 20  # parts of an upload; S3 allows 10,000, so files up to 320 GB
 _BROKEN = (
@@ -36,7 +35,6 @@ _BROKEN = (
     botocore.exceptions.IncompleteReadError, urllib3.exceptions.HTTPError, OSError,
 )  # fmt: skip
 _MAKING = threading.Lock()
-Found = TypeVar("Found")
 
 
 def _client() -> Any:
@@ -150,18 +148,21 @@ class S3Folder:
             )
 
     def create_once(self, name: str, data: bytes) -> bool:
-        def put() -> bool:
+        for attempt in range(_ATTEMPTS):
             try:
                 with self._explained(name):
                     _client().put_object(
                         Bucket=self.bucket, Key=self._key(name), Body=data, IfNoneMatch="*"
                     )
+                return True
             except FileExistsError:
                 # The answer to our own put may have been lost, and the retry found our bytes.
                 return self.read(name) == data
-            return True
-
-        return _again_on(_Conflict, put)
+            except _Conflict:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(_delay(attempt))
+        raise AssertionError
 
     def delete(self, name: str) -> None:
         with self._explained(name):
@@ -184,8 +185,12 @@ class S3Folder:
                 raise FileExistsError(place) from error
             if code in ("409", "ConditionalRequestConflict"):
                 raise _Conflict(f"{place}: other writers held it {_ATTEMPTS} times") from error
-            need = "; needed are s3:GetObject, s3:PutObject and s3:ListBucket" * (code in _DENIED)
-            raise StorageError(f"{place}: S3 answered {code} {message}".rstrip() + need) from error
+            told = f"{place}: S3 answered {code} {message}".rstrip()
+            if code in ("403", "AccessDenied"):  # a look alone is refused by number
+                raise FileRefused(
+                    f"{told}; needed are s3:GetObject, s3:PutObject and s3:ListBucket"
+                ) from error
+            raise StorageError(told) from error
         except botocore.exceptions.NoCredentialsError as error:
             raise StorageError(
                 f"{place}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a "
@@ -227,17 +232,6 @@ class _RangeFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._place += len(data)
         return len(data)
-
-
-def _again_on(kind: type[Exception], attempt: Callable[[], Found]) -> Found:
-    for number in range(_ATTEMPTS):
-        try:
-            return attempt()
-        except kind:
-            if number == _ATTEMPTS - 1:
-                raise
-            time.sleep(_delay(number))
-    raise AssertionError
 
 
 def _delay(attempt: int) -> float:

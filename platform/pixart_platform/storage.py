@@ -9,7 +9,6 @@ needs from either.
 import errno
 import hashlib
 import os
-import re
 import shutil
 import stat
 import uuid
@@ -25,11 +24,14 @@ _CHUNK = 1 << 20
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _STAGED = ".staged-"  # begins the names of files that are not there yet; a killed writer leaves one
 CHANGED = "changed since it was listed; run again"
-_DENIED = re.compile("S3 answered (AccessDenied|403)")  # a look alone is refused by number
 
 
 class FileAbsent(StorageError):
     """A file that is not there."""
+
+
+class FileRefused(StorageError):
+    """A file that this process may not read or look at."""
 
 
 @dataclass(frozen=True, order=True)
@@ -139,6 +141,8 @@ class LocalFolder:
             found = (self.path / name).stat()
         except _ABSENT:
             return None
+        except PermissionError as error:
+            raise FileRefused(f"{self.path / name}: {error.strerror}") from error
         except OSError as error:
             raise StorageError(f"{self.path / name}: {error.strerror}") from error
         if stat.S_ISDIR(found.st_mode):
@@ -157,6 +161,8 @@ class LocalFolder:
             return (self.path / name).open("rb")
         except _ABSENT as error:
             raise FileAbsent(f"{self.path / name}: no such file") from error
+        except PermissionError as error:
+            raise FileRefused(f"{self.path / name}: cannot be read ({error.strerror})") from error
         except OSError as error:
             raise StorageError(f"{self.path / name}: cannot be read ({error.strerror})") from error
 
@@ -220,10 +226,8 @@ def reading(folder: Folder, name: str) -> Iterator[None]:
         yield
     except FileAbsent as error:
         raise FileAbsent(f"{folder.uri}/{name} {CHANGED}") from error
-    except StorageError as error:
-        if isinstance(error.__cause__, PermissionError) or _DENIED.search(str(error)):
-            raise StorageError(f"{error}; give read permission or move it away") from error
-        raise
+    except FileRefused as error:
+        raise FileRefused(f"{error}; give read permission or move it away") from error
     except OSError as error:
         if error.errno in (None, errno.EINVAL):
             raise

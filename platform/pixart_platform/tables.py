@@ -131,7 +131,7 @@ class TableWriter:
 
         A partition is made from its number's files of the inputs, or from what ``parts`` names; of
         ``settings`` those that begin with ``_`` name what all the parts make up.
-        """  # fmt: skip
+        """
         digests = {kind: table.digest for kind, table in inputs.items()}
         digest = digest_of({"schema": schema, "settings": settings, "inputs": digests})
         asked = {key: value for key, value in settings.items() if not key.startswith("_")}
@@ -227,12 +227,10 @@ class Table:
     manifest: Manifest
 
     @classmethod
-    def open(cls, place: str | Path | Folder, schema: str | None = None) -> "Table":
-        """Open a table. Raises ManifestError without a manifest, or with another schema's."""
+    def open(cls, place: str | Path | Folder) -> "Table":
+        """Open a table. Raises ManifestError without a manifest, or with an unknown schema's."""
         folder = open_folder(place)
         manifest = load_manifest(folder)
-        if schema and manifest.schema != schema:
-            raise ManifestError(f"{folder.uri}: holds {manifest.schema}, but {schema} is needed")
         if manifest.schema not in SCHEMAS:
             raise ManifestError(
                 f"{folder.uri}: holds {manifest.schema}, which this version does not know; it "
