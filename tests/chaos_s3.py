@@ -149,7 +149,7 @@ def _tear(environ: "WSGIEnvironment", answer: bytes) -> Iterator[bytes]:
     _hang_up(environ)
 
 
-class _QuietHandler(MotoRequestHandler):  # type: ignore[misc]
+class _QuietHandler(MotoRequestHandler):  # type: ignore[misc]  # moto has no types
     def log(self, type: str, message: str, *args: object) -> None:
         """Tell nobody of every request."""
 

@@ -37,7 +37,7 @@ def s3_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(s3_endpoint: str) -> Folder:  # noqa: ARG001
+def bucket(s3_endpoint: str) -> Folder:  # noqa: ARG001  # the server has to run
     """A fresh bucket; its ``uri`` is ``s3://name``."""
     from chaos_s3 import make_bucket
 

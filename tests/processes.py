@@ -1,11 +1,13 @@
-"""Real processes for the slow tests: run the command line, find workers, kill, look around."""
+"""Real processes for the slow tests: run the command line, find workers, kill, look around; and a
+monitor for those that call a pipeline themselves."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -77,3 +79,17 @@ def is_orphan_of_ray(process: psutil.Process) -> bool:
     except psutil.NoSuchProcess:
         return False
     return not above or above[0].pid == 1
+
+
+class Silence:
+    """A monitor that shows no progress."""
+
+    @contextmanager
+    def job(self, name: str, total: int, unit: str) -> Iterator["Silence"]:
+        yield self
+
+    def reach(self, done: int) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        print(f"           {message}")

@@ -198,9 +198,3 @@ def test_accuracy_is_the_share_of_captions_that_say_exactly_the_truth(tmp_path: 
         write_table(tmp_path / "captions", "captions/2", [captions[:3], captions[3:]]),
     )
     assert found == 0.5
-
-
-def test_without_a_known_truth_there_is_no_accuracy(tmp_path: Path) -> None:
-    images = write_table(tmp_path / "images", "images/2", [[{"truth": None}]])
-    captions = write_table(tmp_path / "captions", "captions/2", [[{"captions": ["a fox"]}]])
-    assert measure_accuracy(images, captions) is None

@@ -74,7 +74,7 @@ class SickFile(io.BytesIO):
     def read(self, _: int | None = -1) -> NoReturn:
         raise OSError(errno.EIO, "Input/output error")
 
-    readinto = read  # type: ignore[assignment]
+    readinto = read  # type: ignore[assignment]  # raises, whatever it is given
 
 
 def forbid(path: Path) -> None:

@@ -122,7 +122,7 @@ def write_qwen(folder: Path) -> Path:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.processing_utils import ProcessorMixin
 
-    class PictureQwenProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
+    class PictureQwenProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]  # untyped
         def __init__(
             self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
         ) -> None:

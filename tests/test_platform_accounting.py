@@ -86,5 +86,5 @@ def test_accelerators_are_charged_by_the_hour() -> None:
 
 
 def test_a_country_without_a_mix_is_named() -> None:
-    with pytest.raises(RecipeError, match="country = 'XXX'"):
-        carbon_intensity("XXX")
+    with pytest.raises(RecipeError, match="country = 'QQQ'"):
+        carbon_intensity("QQQ")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixart_jobs.ingest import read_pictures
-from pixart_jobs.pictures import PictureError
+from pixart_jobs.pictures import PictureError, read_pictures
 from pixart_jobs.recipe import CaptionSettings, Recipe
 from pixart_models.captioner import RAW, SPEC, VLLM, Caption, captioner_revision, load_captioner
 from pixart_models.concepts import ConceptDensity, measure_concepts
@@ -30,7 +30,6 @@ from pixart_platform.tables import OK, SCHEMAS, Table, TableWriter, open_cached
 
 SCHEMA = "captions/2"
 _MANY = 16
-_BLANK = np.zeros((0, 0, 3), np.uint8)
 
 
 def plan(recipe: Recipe, root: Folder, tables: dict[str, Table]) -> TableWriter:
@@ -85,11 +84,9 @@ class _Read:
         items = rows.to_pylist()
         fields = [(name, pa.string()) for name in ("id", "status", "raw_caption")]
         fields += [("pixels", pa.large_binary()), ("width", pa.int32()), ("height", pa.int32())]
-        found = []
-        for item, picture in zip(items, read_pictures([] if blind else items), strict=not blind):
-            found.append(self._prepare(item, picture))
-        blank = {"pixels": b"", "width": 0, "height": 0}
-        return pa.Table.from_pylist(found or [item | blank for item in items], pa.schema(fields))
+        pictures = repeat(None) if blind else read_pictures(items)
+        found = list(map(self._prepare, items, pictures))
+        return pa.Table.from_pylist(found, pa.schema(fields))
 
     def _prepare(
         self, item: dict[str, Any], picture: NDArray[np.uint8] | PictureError | None
@@ -133,7 +130,7 @@ class _Caption:
         for start in range(0, len(usable), self._batch_images):
             chosen = usable[start : start + self._batch_images]
             answers = self._captioner.caption(
-                [_BLANK if self._blind else _view_picture(rows, i) for i in chosen],
+                [] if self._blind else [_view_picture(rows, i) for i in chosen],
                 [raws[i] for i in chosen],
             )
             for i, captions in zip(chosen, answers, strict=True):
@@ -161,19 +158,17 @@ def settle(captions: Sequence[Caption], raw: str | None) -> tuple[str, list[str]
     return OK, [caption.text for caption in captions] + ([] if raw is None else [raw])
 
 
-def measure_accuracy(images: Table, captions: Table) -> float | None:
-    """Share of first captions that say exactly the truth; None if no row knows it."""
-    right = total = 0
+def measure_accuracy(images: Table, captions: Table) -> float:
+    """Share of the sample scenes whose first caption says exactly the truth."""
+    right = 0
     for k in range(images.num_partitions):
         truths = images.read(k, ["truth"])["truth"].to_pylist()
         written = captions.read(k, ["captions"])["captions"].to_pylist()
         for truth, texts in zip(truths, written, strict=True):
-            if truth is not None:
-                raw = json.loads(truth)
-                reading = Reading(tuple(raw["digits"]), tuple(raw["colors"]), raw["relation"])
-                right += texts[:1] == [describe(reading)]
-                total += 1
-    return right / total if total else None
+            raw = json.loads(truth)
+            reading = Reading(tuple(raw["digits"]), tuple(raw["colors"]), raw["relation"])
+            right += texts[:1] == [describe(reading)]
+    return right / images.manifest.num_rows
 
 
 def measure_density(images: Table, captions: Table, max_rows: int = 20_000) -> dict[str, float]:

@@ -13,6 +13,7 @@ on full batches of like size: pictures are taken by bucket, captions by length.
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pixart_jobs.ingest import read_pictures
-from pixart_jobs.pictures import PictureError
+from pixart_jobs.pictures import PictureError, read_pictures
 from pixart_jobs.recipe import EncodeSettings, Recipe
 from pixart_models.autoencoder import SPEC as AUTOENCODER
 from pixart_models.autoencoder import load_autoencoder
@@ -94,8 +94,8 @@ def run(
             transform=_Encode,
             transform_kwargs={
                 "settings": recipe.encode, "sides": sides, "text": wants_text,
-                "text_revision": text.settings["revision"] if wants_text else "",
-                "autoencoder_revision": latents[sides[0]].settings["revision"] if sides else "",
+                "text_revision": text.settings["revision"],
+                "autoencoder_revision": next(iter(latents.values())).settings["revision"],
             },
             sinks=make_sinks(text if wants_text else None, mine),
             num_readers=recipe.encode.num_readers,
@@ -153,7 +153,7 @@ def commit(recipe: Recipe, text: TableWriter, latents: dict[int, TableWriter]) -
     too large for many a driver."""
     settings = recipe.encode
     if not text.is_committed:
-        if settings.text_encoder.startswith("builtin:"):
+        if settings.text_encoder.startswith("builtin:"):  # small: not worth a task's start
             text.commit(describe_text_encoder(settings))
         else:
             describe = ray.remote(num_gpus=settings.num_gpus)(describe_text_encoder)
@@ -210,7 +210,8 @@ def prepare_rows(
                 size = f"{row['width']}x{row['height']}"
                 row["status"] = f"rejected: longer than {MAX_RATIO}:1 ({size})"
     wanted = [item | {"status": row["status"]} for item, row in zip(items, prepared, strict=True)]
-    for row, picture in zip(prepared, read_pictures(wanted if shapes else []), strict=False):
+    pictures = read_pictures(wanted) if shapes else repeat(None)
+    for row, picture in zip(prepared, pictures, strict=False):
         if isinstance(picture, PictureError):
             row["status"] = f"rejected: {picture}"
         elif picture is not None:
@@ -237,16 +238,14 @@ class _Encode:
         self, settings: EncodeSettings, sides: tuple[int, ...], text: bool,
         text_revision: str = "", autoencoder_revision: str = "",
     ) -> None:  # fmt: skip
-        if text_revision:
-            check_revision(T5, settings.text_encoder, text_revision)
-        if autoencoder_revision:
-            check_revision(AUTOENCODER, settings.autoencoder, autoencoder_revision)
         self._device = _choose_device()
         self._settings, self._sides = settings, sides
         if sides:
+            check_revision(AUTOENCODER, settings.autoencoder, autoencoder_revision)
             self._autoencoder = load_autoencoder(settings.autoencoder, self._device)
         self._text = None
         if text:
+            check_revision(T5, settings.text_encoder, text_revision)
             self._text = load_text_encoder(
                 settings.text_encoder, settings.max_tokens, self._device,
                 eight_bit=settings.text_encoder_8bit,

@@ -6,24 +6,19 @@ unchanged through every later table.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pixart_jobs.pictures import PictureError, decode_image, hash_picture, measure_quality
 from pixart_jobs.recipe import DataSettings, Recipe
-from pixart_jobs.sources import RawItem, Source, fetch
-from pixart_platform.batches import map_ahead
+from pixart_jobs.sources import RawItem, Source
 from pixart_platform.partitions import Progress, Sink, run_partitions
-from pixart_platform.storage import FileAbsent, Folder
+from pixart_platform.storage import Folder
 from pixart_platform.tables import OK, SCHEMAS, TableWriter
 
 SCHEMA = "images/2"
 MAX_CAPTION_CHARACTERS = 10_000
-_FETCHES = 8  # at a time
 _UNPRINTABLE = re.compile("[\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\ud800-\\udfff\\ufeff]")
 
 
@@ -107,40 +102,3 @@ def clean_text(text: str) -> str:
     if len(line) <= MAX_CAPTION_CHARACTERS:
         return line
     return line[: MAX_CAPTION_CHARACTERS + 1].rpartition(" ")[0] or line[:MAX_CAPTION_CHARACTERS]
-
-
-def read_pictures(
-    rows: Sequence[Mapping[str, Any]],
-) -> Iterator[NDArray[np.uint8] | PictureError | None]:
-    """The picture (H, W, 3) of each row of the image table, why there is none, or None where the
-    row's status is not ok. Bytes that are not in the table are fetched ahead, on threads.
-
-    Raises StorageError when a source is down.
-    """
-    away = any(row["status"] == OK and not row["bytes"] for row in rows)
-    return map_ahead(_try_read, rows, _FETCHES) if away else map(_try_read, rows)
-
-
-def _try_read(row: Mapping[str, Any]) -> NDArray[np.uint8] | PictureError | None:
-    if row["status"] != OK:
-        return None
-    try:
-        return read_picture(row)
-    except PictureError as error:
-        return error
-
-
-def read_picture(row: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of a row of the image table: from its bytes, or fetched from its source.
-
-    Raises PictureError when the source no longer has these bytes, StorageError when it is down.
-    """
-    data = row["bytes"]
-    if not data:
-        try:
-            data = fetch(row["uri"])
-        except FileAbsent as error:
-            raise PictureError(f"gone from its source ({row['uri']})") from error
-        if hashlib.sha256(data).hexdigest() != row["id"]:
-            raise PictureError(f"changed at its source ({row['uri']})")
-    return decode_image(data)

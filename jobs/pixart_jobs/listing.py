@@ -237,10 +237,11 @@ def _pair(items: list[Item]) -> Iterator[Item]:
                 next((beside[b, e] for b in (stem, key) for e in ends if (b, e) in beside), None)
                 for ends in (_CAPTION_SUFFIXES, (".cls",))
             )
+            found = item
             if label:
                 problem = item.problem or label.problem
-                item = item._replace(label=label.label, problem=problem)  # noqa: PLW2901
-            yield _with_caption(item, caption) if caption else item
+                found = item._replace(label=label.label, problem=problem)
+            yield _with_caption(found, caption) if caption else found
 
 
 def _with_caption(item: Item, its: Item) -> Item:

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pixart_jobs.ingest import read_picture
+from pixart_jobs.pictures import PictureError, read_picture
 from pixart_platform.errors import ManifestError
-from pixart_platform.storage import Folder
+from pixart_platform.storage import FileAbsent, Folder
 from pixart_platform.tables import OK, ROW_GROUP_ROWS, Table, check_aligned
 
 _BLOCKS = 4
@@ -75,7 +75,7 @@ def _line(row: dict[str, object]) -> str:
     assert isinstance(captions, list)
     try:
         picture = Image.fromarray(read_picture(row))
-    except ValueError as error:
+    except (PictureError, FileAbsent) as error:
         return f"<tr><td>{html.escape(str(row['source']))}<td colspan=4>{html.escape(str(error))}"
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()

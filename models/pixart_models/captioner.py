@@ -87,7 +87,7 @@ class DigitCaptioner:
 
 
 class RawCaptioner:
-    """Keeps the raw caption; for images that came with good ones, and as a baseline."""
+    """Keeps the raw caption and needs no images; where those are good, and as a baseline."""
 
     name = RAW
     revision = "1"

@@ -31,9 +31,9 @@ def model_revision(spec: ModelSpec, source: str) -> str:
 
 
 def check_revision(spec: ModelSpec, source: str, wanted: str) -> None:
-    """Raise ModelNotFound if this machine has another revision than a table is made with."""
-    found = model_revision(spec, source)
-    if wanted not in ("", found):
+    """Raise ModelNotFound if this machine's is another revision than ``wanted``, if that is any."""
+    found = model_revision(spec, source) if wanted else ""
+    if found != wanted:
         why = (
             f"here it is revision {found}, but this table is made with {wanted}; put the same "
             f"files on every machine"

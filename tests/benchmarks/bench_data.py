@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -237,8 +237,7 @@ def our_batches(tables: dict[str, Any], batch: int, first: int = 0) -> Iterator[
     )  # fmt: skip
     task = LatentTask(
         snapshot=config, latent_scale=1.0, null_features=torch.zeros(1, TEXT_WIDTH),
-        condition_drop=0.1, flow_location=0.0, device=torch.device("cpu"), preview_prompts=(),
-        preview_folder=Path(), log_image=lambda *_: None,
+        condition_drop=0.1, flow_location=0.0, device=torch.device("cpu"),
     )  # fmt: skip
 
     def make(n: int) -> int:
@@ -267,19 +266,15 @@ def count_tokens(batch: tuple[Tensor, list[Tensor]]) -> int:
     return sum(len(text) for text in batch[1])
 
 
-class Peer:
+class Peer(Protocol):
     """Another format with the same samples in it, read shuffled."""
 
     name: str
 
-    def __init__(self, root: Path, samples: list[tuple[bytes, bytes, int]]) -> None:
-        raise NotImplementedError
-
-    def batches(self, batch: int, workers: int) -> Iterator[int]:
-        raise NotImplementedError
+    def batches(self, batch: int, workers: int) -> Iterator[int]: ...
 
 
-class WebDatasetPeer(Peer):
+class WebDatasetPeer:
     name = "webdataset"
 
     def __init__(self, root: Path, samples: list[tuple[bytes, bytes, int]]) -> None:
@@ -313,7 +308,7 @@ def _from_lists(columns: tuple[list[bytes], list[bytes]]) -> tuple[Tensor, list[
     return to_tensors(*columns)
 
 
-class HuggingFacePeer(Peer):
+class HuggingFacePeer:
     name = "datasets"
 
     def __init__(self, root: Path, samples: list[tuple[bytes, bytes, int]]) -> None:
@@ -349,8 +344,10 @@ def bench_reading(quick: bool) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         samples = make_samples(count)
         tables = write_tables(Path(folder) / "tables", samples)
-        peers = [kind(Path(folder) / kind.name, samples)
-                 for kind in (WebDatasetPeer, HuggingFacePeer)]  # fmt: skip
+        peers: tuple[Peer, ...] = (
+            WebDatasetPeer(Path(folder) / "webdataset", samples),
+            HuggingFacePeer(Path(folder) / "datasets", samples),
+        )
         ours = sum(len(m) + len(f) + 4 for m, f, _ in samples)
         stored = sum(f.num_bytes for name in ("text", "latents")
                      for f in tables[name][0].manifest.files)  # fmt: skip

@@ -20,7 +20,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,9 @@ from pixart_models.forecast import StepMemory, step_memory
 from pixart_models.layers import pack_text
 from pixart_models.pixart import PixArt
 from pixart_models.token_drop import TokenDrop, take_patches
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from recording import figure, record
 
 BAR = 0.10  # largest relative error
 MIB = 2**20
@@ -121,7 +123,7 @@ def run_steps(shape: Shape, num_steps: int = 2) -> None:
         target = take_patches(target, route.kept, config.patch) if route.stop is None else target
     for _ in range(num_steps):
         output: Tensor = network(latents, times, condition, route=route)
-        functional.mse_loss(output, target).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(functional.mse_loss(output, target))
         del output
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -179,27 +181,7 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         if row["shape"] == "XL/2":
             errors["xl2_error"] = abs(row["error"])
-    return {name: {"value": x, "bar": BAR, "ok": x <= BAR} for name, x in errors.items()}
-
-
-def record(figures: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write the figures with what they were measured on."""
-    now, hardware = datetime.now(UTC), f"cpu{os.cpu_count()}"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True,
-        cwd=Path(__file__).parent,
-    )  # fmt: skip
-    document = {
-        "hardware": hardware, "date": now.date().isoformat(), "commit": commit.stdout.strip(),
-        "versions": {
-            "torch": torch.__version__, "python": platform.python_version(),
-            "libc": " ".join(platform.libc_ver()),
-        },
-        "command": "python tests/benchmarks/bench_memory.py", "figures": figures, "rows": rows,
-    }  # fmt: skip
-    path = Path(__file__).parent / "results" / f"memory_{hardware}_{now:%Y%m}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    return {name: figure(x, BAR, at_most=True, digits=4) for name, x in errors.items()}
 
 
 def main() -> None:
@@ -214,7 +196,8 @@ def main() -> None:
     rows = [compare(name) for name, shape in SHAPES.items() if shape.quick or not options.quick]
     figures = judge(rows)
     if not options.quick:
-        record(figures, rows)
+        libc = " ".join(platform.libc_ver())
+        record("memory", figures, ("torch",), libc=libc, rows=rows)
     print(json.dumps(figures))
 
 

@@ -12,15 +12,12 @@ each. With a GPU: bf16 and compiled, and XL/2 at 256 px with its model FLOPs uti
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,9 @@ from pixart_models.forecast import forward_flops
 from pixart_models.layers import PackedText, pack_padded
 from pixart_models.pixart import PixArt
 from pixart_models.token_drop import TokenDrop, take_patches
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from recording import RESULTS, figure, record
 
 TEXT_TOKENS = 120
 Step = Callable[[], object]
@@ -90,7 +90,7 @@ def training_step(network: nn.Module, forward: Callable[[nn.Module], Tensor], ca
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             loss = functional.mse_loss(forward(network).float(), case.target)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -165,7 +165,7 @@ def compare(config: NetworkConfig, case: Case, rounds: int, device: torch.device
             f"{name:10s} ours {seconds['ours']:.4f} s, diffusers {seconds['peer']:.4f} s: "
             f"{ratio:.3f}x; {rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of the matmul peak"
         )
-        figures[f"{name}_ratio"] = {"value": round(ratio, 3), "bar": bar, "ok": ratio >= bar}
+        figures[f"{name}_ratio"] = figure(ratio, bar)
         figures[f"{name}_share_of_matmul_peak"] = {"value": round(rate / peak, 3)}
     return figures
 
@@ -196,8 +196,8 @@ def measure_gpu(device: torch.device, rounds: int) -> dict[str, Any]:
     share, gain = flops / seconds["dense"] / peak, seconds["dense"] / seconds["masked"]
     print(f"XL/2: {len(case.latents) / seconds['dense']:.0f} images/s, {share:.0%} of matmul peak")
     return {
-        "xl2_share_of_matmul_peak": {"value": round(share, 3), "bar": 0.5, "ok": share >= 0.5},
-        "masked_speedup": {"value": round(gain, 2), "bar": 3.0, "ok": gain >= 3},
+        "xl2_share_of_matmul_peak": figure(share, 0.5),
+        "masked_speedup": figure(gain, 3.0, digits=2),
     }
 
 
@@ -231,24 +231,6 @@ def _status(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def record(folder: Path, figures: dict[str, Any], device: torch.device) -> None:
-    """Write the figures with what they were measured on."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu{os.cpu_count()}"
-    slug = name.lower().replace(" ", "-")
-    now = datetime.now(UTC)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
-    )
-    document = {
-        "hardware": name, "date": now.date().isoformat(), "commit": commit.stdout.strip(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "command": " ".join(["python", "tests/benchmarks/bench_network.py", *sys.argv[1:]]),
-        "figures": figures,
-    }  # fmt: skip
-    path = folder / f"network_{slug}_{now:%Y%m}.json"
-    path.write_text(json.dumps(document, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
@@ -267,12 +249,10 @@ def main() -> None:
     else:
         ours, peer = (peak_megabytes(which, batch) for which in ("ours", "peer"))
         print(f"memory     ours {ours:.0f} MB, diffusers {peer:.0f} MB at the peak of training")
-        figures["memory_ratio"] = {
-            "value": round(ours / peer, 3), "bar": 1.0, "ok": ours <= 1.005 * peer,
-        }  # fmt: skip
-    folder = options.record or (None if options.quick else Path(__file__).parent / "results")
-    if folder:
-        record(folder, figures, device)
+        figures["memory_ratio"] = figure(ours / peer, 1.005, at_most=True)
+    if folder := options.record or (None if options.quick else RESULTS):
+        hardware = torch.cuda.get_device_name() if device.type == "cuda" else ""
+        record("network", figures, ("torch",), folder, hardware)
     print(json.dumps(figures))
     return None
 

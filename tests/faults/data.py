@@ -25,8 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from typing import Any
 import psutil
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from processes import family, kill
+from processes import Silence, family, kill
 
 from pixart_platform.errors import ManifestError
 from pixart_platform.storage import Folder, open_folder
@@ -79,13 +78,13 @@ def make_tables(store: str, root: Path, num_scenes: int) -> None:
     vars(partitions)["_Apply"] = _trace(partitions._Apply, root / "trace")
     with local_ray(root / "logs") as scratch:
         space = pipeline.Workspace.under(root, scratch)
-        pipeline.Pipeline(recipe, space, _Silence())._make_tables()
+        pipeline.Pipeline(recipe, space, Silence()).make_tables()
 
 
 def _trace(apply: Any, path: Path) -> Any:
     """``partitions._Apply``, leaving a line of each partition that it begins to compute."""
 
-    class Traced(apply):  # type: ignore[misc]
+    class Traced(apply):  # type: ignore[misc]  # a class that mypy cannot know
         def __init__(self, transform: type, kwargs: dict[str, Any]) -> None:
             self._job = transform.__module__.rpartition(".")[2]
             super().__init__(transform, kwargs)
@@ -97,20 +96,6 @@ def _trace(apply: Any, path: Path) -> Any:
             return super().__call__(batch)
 
     return Traced
-
-
-class _Silence:
-    """A monitor that shows nothing."""
-
-    @contextmanager
-    def job(self, name: str, total: int, unit: str) -> Iterator["_Silence"]:
-        yield self
-
-    def reach(self, done: int) -> None:
-        pass
-
-    def note(self, message: str) -> None:
-        print(message)
 
 
 def find_finished(store: Folder) -> set[Partition]:

@@ -16,15 +16,14 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from broken import CAPTIONS, PICTURES, write_folder
+from processes import Silence
 
 from pixart_cluster.local import local_ray, quiet_environment
 from pixart_platform.tables import OK, Table, verify_table
@@ -82,20 +81,6 @@ def hash_of(stem: str) -> int:
     return sum(stem.encode())
 
 
-class Silence:
-    """A monitor that shows nothing."""
-
-    @contextmanager
-    def job(self, name: str, total: int, unit: str) -> Any:
-        yield self
-
-    def reach(self, done: int) -> None:
-        pass
-
-    def note(self, message: str) -> None:
-        print(f"           {message}")
-
-
 def make_tables(root: Path, scratch: Path, source: str) -> dict[str, Table]:
     from pixart_jobs import pipeline
     from pixart_jobs.recipe import Recipe
@@ -110,7 +95,7 @@ def make_tables(root: Path, scratch: Path, source: str) -> dict[str, Table]:
     })  # fmt: skip
     vars(pipeline)["Registry"] = lambda *_: None
     space = pipeline.Workspace.under(root, scratch)
-    return pipeline.Pipeline(recipe, space, Silence())._make_tables()
+    return pipeline.Pipeline(recipe, space, Silence()).make_tables()
 
 
 def count_wrong(tables: dict[str, Table]) -> int:
