@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pixart_cluster import cli
-from pixart_jobs.train import SNAPSHOT_SCHEMA
+from pixart_jobs.stage import SNAPSHOT_SCHEMA
 from pixart_models.autoencoder import load_autoencoder
 from pixart_models.config import NetworkConfig, get_preset
 from pixart_models.convert import from_diffusers, from_published

@@ -15,7 +15,7 @@ from pixart_cluster.recipe import read_recipe
 from pixart_jobs import report
 from pixart_jobs.evaluate import Evaluation
 from pixart_jobs.pipeline import Result, StageResult
-from pixart_jobs.train import StageInputs, StagePlan
+from pixart_jobs.stage import StageInputs, StagePlan
 from pixart_models.config import get_preset
 from pixart_models.snapshot import SnapshotConfig
 from pixart_platform.accounting import Cost

@@ -172,7 +172,7 @@ def convert(
         from pixart_models import drawing, export, snapshot
 
         if to == "snapshot":
-            from pixart_jobs.train import SNAPSHOT_SCHEMA
+            from pixart_jobs.stage import SNAPSHOT_SCHEMA
             from pixart_platform.manifest import FileRecord, Manifest
 
             export.import_snapshot(

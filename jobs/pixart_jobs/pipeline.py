@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from pixart_jobs import caption, encode, evaluate, ingest, selection, train
+from pixart_jobs import caption, encode, evaluate, ingest, selection, stage, train
 from pixart_jobs.evaluate import Evaluation
 from pixart_jobs.recipe import Recipe
 from pixart_jobs.sources import open_source
-from pixart_jobs.train import StageInputs, StagePlan
+from pixart_jobs.stage import StageInputs, StagePlan
 from pixart_platform.accounting import Cost, measure
 from pixart_platform.errors import PixartError
 from pixart_platform.manifest import current_commit
@@ -98,11 +98,11 @@ class Workspace:
 
 
 class Pipeline:
-    """Runs a recipe's jobs in one workspace. ``run`` is the only public step."""
+    """Runs a recipe's jobs in one workspace: ``run`` all of them, ``make_tables`` the first."""
 
     def __init__(self, recipe: Recipe, space: Workspace, monitor: Monitor) -> None:
         self._recipe, self._space, self._monitor = recipe, space, monitor
-        self._identity = digest_of(recipe.model_dump(mode="json"))
+        self._identity = digest_of(recipe.model_dump(mode="json", exclude={"plan"}))
         self._registry = Registry(space.tracking_uri, recipe.name)
         self._rejects: list[dict[str, str]] = []
         self._num_rejected = 0
@@ -110,7 +110,7 @@ class Pipeline:
 
     def run(self, *, promote_result: bool = True) -> Result:
         """The whole way. Raises PixartError or ModelInputError for what a user can mend."""
-        params = self._recipe.model_dump(mode="json", exclude={"accounting"})
+        params = self._recipe.model_dump(mode="json", exclude={"accounting", "plan"})
         self._run = self._start_run("pipeline", self._identity, None, params)
         self._run.set_tags({"git_commit": current_commit(), "workspace": str(self._space.root)})
         try:
@@ -123,11 +123,10 @@ class Pipeline:
         return result
 
     def _run_jobs(self, promote_result: bool) -> Result:
-        tables = self._make_tables()
+        tables = self.make_tables()
         accuracy = None
         if self._recipe.data.source == "digits":  # no other knows the truth
             accuracy = caption.measure_accuracy(tables["images"], tables["captions"])
-            assert accuracy is not None
             self._monitor.note(f"captions exactly right: {accuracy:.1%}")
         density = caption.measure_density(tables["images"], tables["captions"])
         self._run.log_metrics(density, 0)
@@ -150,7 +149,8 @@ class Pipeline:
             self._space.tracking_uri, self._rejects, self._num_rejected,
         )  # fmt: skip
 
-    def _make_tables(self) -> dict[str, Table]:
+    def make_tables(self) -> dict[str, Table]:
+        """What the stages read, by kind; latents by resolution, as ``latents-32``."""
         recipe, root = self._recipe, self._space.open_store(self._recipe.data.store)
         source = open_source(recipe.data, recipe.seed, root)
         images = self._make(
@@ -176,8 +176,8 @@ class Pipeline:
                 self._consume(job, adopted, encode.run(recipe, tables, text, latents))
                 encode.commit(recipe, text, latents)
         made = {f"latents-{side}": Table.open(writer.folder) for side, writer in latents.items()}
-        for table in made.values():
-            self._require_rows(images, table, tables["selection"])
+        # All resolutions are made from one decode, so that all reject the same rows.
+        self._require_rows(images, next(iter(made.values())), tables["selection"])
         return tables | {"text": Table.open(text.folder)} | made
 
     def _make(
@@ -221,7 +221,7 @@ class Pipeline:
             inputs = StageInputs(
                 tables["images"], tables["text"], latents, parent.folder if parent else None
             )
-            plan = train.plan(self._recipe, name, inputs, self._space.root / "stages")
+            plan = stage.plan(self._recipe, name, inputs, self._space.root / "stages")
             self._keys.add(plan.folder.name)
             tracker = self._start_run(
                 name, plan.digest, self._run, settings.model_dump(mode="json")

@@ -10,7 +10,8 @@ from pixart_models.diffusion import ObjectiveName, get_objective
 from pixart_models.token_drop import TokenDrop
 from pixart_platform.accounting import AccountingSettings
 from pixart_platform.batches import Condition
-from pixart_platform.engine import OptimizerSettings
+from pixart_platform.engine import ZeroStage
+from pixart_platform.optimizer import OptimizerSettings
 from pixart_platform.recipe import Count, Section
 
 _BLOCK_BYTES = 2 << 30  # decoded pixels of one partition
@@ -60,7 +61,7 @@ class DataSettings(Section):
     """Images longer than this many times their shorter side are rejected."""
     copy_bytes: bool = True
     """Keep the pictures' bytes in the image table; otherwise later jobs fetch them from the source
-    again, and a picture that has changed since is rejected."""
+    again: a picture that has changed since is rejected, one that is not there stops the job."""
     num_workers: int = Field(2, ge=1, le=1024)
 
 
@@ -221,25 +222,64 @@ class TrainSettings(Section):
     """Normalise queries and keys in every attention head, so that long bf16 runs stay stable (Esser
     et al. 2024, section 5.3.2). Published PixArt and DiT weights have no such norms."""
     num_workers: int = Field(2, ge=1, le=1024)
-    zero_stage: Literal[0, 1, 2] = 2
+    min_workers: int | None = Field(None, ge=1)
+    """Go on with as few when nodes are lost, and grow again when they are back, with the same
+    batches; left out, wait until there are ``num_workers``."""
+    resize_every_seconds: float = Field(60, ge=1)
+    """How often a run below ``num_workers`` looks for room to grow."""
+    zero_stage: ZeroStage = 2
+    """What is sharded: 1 the optimizer, 2 gradients too, 3 weights too; 0 nothing, on CPUs only."""
+    micro_batch_images: Count | None = Field(None, ge=1)
+    """Most images a worker takes at a time; a larger share of a batch is accumulated, exactly."""
     use_gpu: bool = False
     recompute_blocks: bool = False
     """Keep each block's input alone and run it again in backward: about a third more time for a
     fraction of the memory, the same weights (Chen et al. 2016, arXiv 1604.06174)."""
     max_failures: int = Field(3, ge=0)
-    """Worker deaths survived before a stage gives up."""
+    """Worker deaths survived before a stage gives up; nodes that gave notice do not count."""
+    spike_sigmas: float | None = Field(None, ge=3)
+    """A batch whose loss is so many standard deviations above the last 128's is not learned."""
+    max_rewinds: int = Field(0, ge=0, le=100)
+    """After a spike, or a loss or gradient that is not finite, go back to the newest state and
+    leave out the batches from there to the bad one, so often at most; then the stage stops."""
+    states: str = ""
+    """Where resume states are kept: a folder or s3://bucket/prefix that all nodes reach; left out,
+    the run's own folder."""
+    keep_states: int = Field(2, ge=1)
+    """Newest states of a stage that are kept; besides them the best."""
+    keep_every_images: Count | None = Field(None, ge=1)
+    """Keep a state of every so many images too."""
     save_every_images: Count = Field(12_800, ge=1)
     preview_every_images: Count = Field(12_800, ge=1)
     log_every_images: Count = Field(640, ge=1)
     preview_prompts: tuple[str, ...] = ()
     """Drawn with the same seeds at every preview."""
+    preview_gpus: float = Field(0, ge=0, le=1)
+    """Share of a GPU, not one of the workers', that previews and evaluation losses take."""
+    evaluate_images: int = Field(64, ge=0, le=100_000)
+    """Samples whose loss is measured at every preview, at fixed timesteps with fixed noise."""
 
     @model_validator(mode="after")
     def _can_be_built(self) -> "TrainSettings":
         if self.network not in PRESETS:
             raise ValueError(f"network {self.network!r} is unknown; one of {', '.join(PRESETS)}")
         get_objective(self.objective, self.flow_location, self.min_snr_gamma)
+        if self.min_workers and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers = {self.min_workers}: must not be above num_workers = "
+                f"{self.num_workers}"
+            )
+        if self.use_gpu and self.zero_stage == 0:
+            raise ValueError(
+                "zero_stage = 0 with use_gpu: training in bf16 needs fp32 masters, which 1 shares "
+                "out among the workers; write 1"
+            )
         return self
+
+    def accumulate_of(self, batch_images: int, num_workers: int) -> int:
+        """Backward passes a step, so that none takes more than ``micro_batch_images``."""
+        share = -(-batch_images // num_workers)
+        return -(-share // (self.micro_batch_images or share))
 
 
 class DrawSettings(Section):
@@ -303,7 +343,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
-        sides = (*self.encode.resolutions, self.caption.max_side)
+        shown = () if self.captioner == "builtin:raw" else (self.caption.max_side,)
+        sides = (*self.encode.resolutions, *shown)
         largest = _BLOCK_BYTES // (3 * max(side * side for side in sides))
         if self.data.partition_rows > largest:
             raise ValueError(
@@ -323,10 +364,10 @@ class Recipe(Section):
                     f"{place}.resolution = {stage.resolution} is not among encode.resolutions "
                     f"{list(self.encode.resolutions)}; add it there"
                 )
-            if stage.batch_images % self.train.num_workers:
+            if stage.batch_images < self.train.num_workers:
                 raise ValueError(
-                    f"{place}.batch_images = {stage.batch_images} does not divide among "
-                    f"train.num_workers = {self.train.num_workers}"
+                    f"{place}.batch_images = {stage.batch_images}: is less than an image for each "
+                    f"of train.num_workers = {self.train.num_workers}"
                 )
             if stage.images < stage.batch_images:
                 raise ValueError(

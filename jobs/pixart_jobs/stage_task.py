@@ -1,36 +1,28 @@
 """What a training stage learns: the bridge between the loop, which knows no pictures, and models.
 
-Decodes table rows to latents and conditions, gives the objective's loss with every draw taken
-from the samples' own generators, and draws the fixed prompts along the way.
+Decodes table rows to latents and conditions, and gives the objective's loss with every draw taken
+from the samples' own generators.
 
 Legend: B samples of this rank, C latent channels, K captions a row, Dt text feature width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from pixart_models.autoencoder import load_autoencoder, sample_moments
+from pixart_models.autoencoder import sample_moments
 from pixart_models.config import ModelInputError
-from pixart_models.diffusion import get_objective
-from pixart_models.drawing import Drawer, draw_classes
+from pixart_models.diffusion import NUM_TIMESTEPS, get_objective
 from pixart_models.layers import PackedText, pack_text
-from pixart_models.pixart import PixArt
-from pixart_models.snapshot import SnapshotConfig, build_network
-from pixart_models.text import load_text_encoder
+from pixart_models.snapshot import SnapshotConfig
 from pixart_models.token_drop import Route, TokenDrop, take_patches
-from pixart_platform.seeds import SampleDraws, derive_seed
-from pixart_platform.train_loop import Average
-
-LogImage = Callable[[NDArray[np.uint8], str, int], None]
+from pixart_platform.seeds import SampleDraws
+from pixart_platform.train_loop import Losses
 
 
 @dataclass
@@ -54,9 +46,6 @@ class LatentTask:
     condition_drop: float
     flow_location: float
     device: torch.device
-    preview_prompts: tuple[str, ...]
-    preview_folder: Path
-    log_image: LogImage
     min_snr_gamma: float | None = None
     token_drop: TokenDrop | None = None
     finish_at: int = 0  # images, whole batches: from there on all tokens are kept
@@ -65,7 +54,6 @@ class LatentTask:
     def __post_init__(self) -> None:
         name = self.snapshot.objective
         self._objective = get_objective(name, self.flow_location, self.min_snr_gamma)
-        self._previewer: Callable[[nn.Module], dict[str, NDArray[np.uint8]]] | None = None
 
     def decode(self, columns: dict[str, list[Any]], draws: SampleDraws) -> LatentBatch:
         """Rows of one bucket; their payloads are copied once, of the captions only one each."""
@@ -92,24 +80,52 @@ class LatentTask:
             batch.sizes = torch.tensor(sizes)
         return batch
 
-    def loss(self, model: nn.Module, batch: LatentBatch, draws: SampleDraws) -> Tensor:
-        """Mean objective, in fp32, over this rank's samples; the draws' sequence is fixed."""
-        shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
-        x0 = sample_moments(batch.moments, draws.normal(shape), self.latent_scale)
-        noise, uniform = draws.normal(shape), draws.uniform()
+    def loss(self, model: nn.Module, batch: LatentBatch, draws: SampleDraws) -> Losses:
+        """Objective in fp32 and noise level of this rank's samples; their draws' order is fixed."""
+        noises, uniform = self._draw_noises(batch, draws), draws.uniform()
         dropped = draws.uniform() < self.condition_drop
         timesteps = self._objective.sample_timesteps(uniform)
+        route = self._choose_route(batch, draws)
+        return self._denoise(model, batch, noises, timesteps, dropped, route)
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module, batch: LatentBatch, seed: int, quantile: float) -> Tensor:
+        """Losses (B,) at the timestep below which ``quantile`` of training's lie, with noise that
+        is a function of ``seed`` and a sample's place, all conditions kept and all tokens.
+        """
+        count = len(batch.moments)
+        draws = SampleDraws(seed, list(range(count)))
+        timesteps = self._objective.sample_timesteps(torch.full((count,), quantile))
+        kept = torch.zeros(count, dtype=torch.bool)
+        noises = self._draw_noises(batch, draws)
+        return self._denoise(model, batch, noises, timesteps, kept, None).values
+
+    def _draw_noises(self, batch: LatentBatch, draws: SampleDraws) -> tuple[Tensor, Tensor]:
+        """The autoencoder's noise and the objective's, (B, C, h, w)."""
+        shape = (batch.moments.shape[1] // 2, *batch.moments.shape[2:])
+        return draws.normal(shape), draws.normal(shape)
+
+    def _denoise(
+        self,
+        model: nn.Module,
+        batch: LatentBatch,
+        noises: tuple[Tensor, Tensor],
+        timesteps: Tensor,
+        dropped: Tensor,
+        route: Route | None,
+    ) -> Losses:
+        x0, noise = sample_moments(batch.moments, noises[0], self.latent_scale), noises[1]
         x_t = self._objective.add_noise(x0, noise, timesteps)
+        levels = self._upload(timesteps) / NUM_TIMESTEPS
         x0, noise, x_t, timesteps = map(self._upload, (x0, noise, x_t, timesteps))
         dtype = next(model.parameters()).dtype
-        route = self._choose_route(batch, draws)
         condition = self._condition(batch, dropped, dtype)
         told = {} if batch.sizes is None else {"sizes": self._upload(batch.sizes)}
         output = model(x_t.to(dtype), timesteps, condition, route=route, **told).float()
         if route and route.stop is None:
             patch = self.snapshot.network.patch
             x0, noise, x_t = (take_patches(v, route.kept, patch) for v in (x0, noise, x_t))
-        return self._objective.loss(output, x0, noise, x_t, timesteps).mean()
+        return Losses(self._objective.loss(output, x0, noise, x_t, timesteps), levels)
 
     def _upload(self, values: Tensor) -> Tensor:
         return values.to(self.device, non_blocking=True)
@@ -134,46 +150,6 @@ class LatentTask:
         captions = torch.split(self._upload(batch.features), batch.num_tokens)
         kept = zip(captions, dropped.tolist(), strict=True)
         return pack_text([empty if drop else f for f, drop in kept]).to(self.device, dtype)
-
-    def preview(self, average: Average, images_seen: int) -> None:
-        """Draw the fixed prompts (or each class) with fixed seeds; save and log the pictures."""
-        if self.snapshot.network.architecture == "pixart" and not self.preview_prompts:
-            return
-        if self._previewer is None:
-            self._previewer = self._load_previewer()
-        with torch.device(self.device):
-            network = build_network(self.snapshot.network)
-        network.load_state_dict(average.tensors)
-        pictures = self._previewer(network.eval())
-        strip = np.concatenate(list(pictures.values()), axis=1)
-        self.preview_folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(strip).save(self.preview_folder / f"{images_seen:09d}.png")
-        for key, picture in pictures.items():
-            self.log_image(picture, key, images_seen)
-
-    def _load_previewer(self) -> Callable[[nn.Module], dict[str, NDArray[np.uint8]]]:
-        device, config = str(self.device), self.snapshot
-        autoencoder = load_autoencoder(config.autoencoder, device)
-        if config.network.architecture == "dit":
-            labels = list(range(min(config.network.num_classes, 8)))
-            seeds = [derive_seed("preview", label) for label in labels]
-
-            def draw_labels(network: nn.Module) -> dict[str, NDArray[np.uint8]]:
-                drawn = draw_classes(network, autoencoder, config.objective, labels, seeds)  # type: ignore[arg-type]
-                return {f"class_{i}": picture for i, picture in zip(labels, drawn, strict=True)}
-
-            return draw_labels
-        prompts = self.preview_prompts
-        encoder = load_text_encoder(config.text_encoder, config.network.max_tokens, device)
-        seeds = [derive_seed("preview", prompt) for prompt in prompts]
-
-        def draw_prompts(network: nn.Module) -> dict[str, NDArray[np.uint8]]:
-            assert isinstance(network, PixArt)
-            drawn = Drawer(config, network, autoencoder, encoder).draw(prompts, seeds)
-            keys = [prompt.replace(" ", "_")[:80] for prompt in prompts]
-            return dict(zip(keys, drawn, strict=True))
-
-        return draw_prompts
 
 
 def choose_captions(

@@ -1,169 +1,52 @@
-"""A training stage: Ray Train workers, DeepSpeed ZeRO, one loop, one registered snapshot.
+"""Runs a training stage: Ray Train workers, DeepSpeed ZeRO, one loop, one snapshot.
 
-A stage is named by the digest of everything that decides its weights (settings, tables, parent),
-so running it again finds the finished snapshot, or the newest state, or starts.
+Workers only train and save states; the driver watches, rewinds, and makes the snapshot from the
+last state. So nothing but the store of states (and the tables) must be reachable from all nodes,
+any worker or the driver may die at any moment, and a state of 2 workers goes on with 1.
 """
 
-import base64
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 import ray.train
+import ray.train.collective
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import ScalingConfig  # ray.train's own has the types of V1
 
-from pixart_jobs.encode import unpack_features
-from pixart_jobs.recipe import Recipe, StageSettings
-from pixart_jobs.stage_task import LatentTask
-from pixart_models.config import ModelInputError, NetworkConfig
-from pixart_models.dit import DiT
-from pixart_models.ema import Ema
-from pixart_models.pixart import PixArt
-from pixart_models.reparameterize import adapt, check_compatible, reparameterize
-from pixart_models.snapshot import (
-    SnapshotConfig,
-    build_network,
-    load_config,
-    load_network,
-    save_snapshot,
+from pixart_jobs.stage import (
+    StagePlan,
+    average_of,
+    build_index,
+    load_flat,
+    make_task,
+    publish_snapshot,
+    start_network,
 )
-from pixart_platform.batches import Condition, RowIndex
-from pixart_platform.checkpoint import StateStore
-from pixart_platform.engine import Engine, choose_accelerator
+from pixart_jobs.watch import watch
+from pixart_models.config import ModelInputError
+from pixart_models.ema import ema_decay
+from pixart_models.snapshot import build_network
+from pixart_platform import train_loop
+from pixart_platform.checkpoint import Progress, Saver, State, StateStore
+from pixart_platform.engine import WEIGHT, Engine, choose_accelerator
 from pixart_platform.errors import PixartError, TrainingError
-from pixart_platform.manifest import MANIFEST_FILE, FileRecord, Manifest, load_manifest
 from pixart_platform.order import Order
-from pixart_platform.recipe import digest_of
 from pixart_platform.seeds import derive_seed
-from pixart_platform.storage import publish_folder
-from pixart_platform.tables import Table
-from pixart_platform.tracking import Tracker
-from pixart_platform.train_loop import LoopSettings, train
+from pixart_platform.storage import FileAbsent, Folder
+from pixart_platform.tracking import Outbox, Tracker
+from pixart_platform.train_loop import Derailed, LoopSettings, Skip
 
-SNAPSHOT_SCHEMA = "snapshot/1"
-_WATCH_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class StageInputs:
-    """The tables a stage reads and the snapshot it starts from."""
-
-    images: Table
-    text: Table
-    latents: Table
-    parent: Path | None
-
-    def digests(self) -> dict[str, str]:
-        found = {
-            "images": self.images.digest,
-            "latents": self.latents.digest,
-            "text": self.text.digest,
-        }
-        if self.parent:
-            found["parent"] = load_manifest(self.parent).digest
-        return found
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage, ready to run anywhere."""
-
-    name: str
-    recipe: Recipe
-    settings: StageSettings
-    inputs: StageInputs
-    snapshot: SnapshotConfig
-    folder: Path
-    document: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        return digest_of({"stage": self.document, "inputs": self.inputs.digests()})
-
-    @property
-    def snapshot_folder(self) -> Path:
-        return self.folder / "snapshot"
-
-    @property
-    def preview_folder(self) -> Path:
-        return self.folder / "previews"
-
-    @property
-    def error_path(self) -> Path:
-        return self.folder / "error.txt"
-
-    @property
-    def is_finished(self) -> bool:
-        return (self.snapshot_folder / MANIFEST_FILE).is_file()
-
-    @property
-    def num_images(self) -> int:
-        """Images the stage really sees: whole batches."""
-        return self.settings.images // self.settings.batch_images * self.settings.batch_images
-
-    @property
-    def finish_at(self) -> int:
-        """Images after which no tokens are dropped any more: the end of a batch."""
-        drop, batch = self.settings.token_drop, self.settings.batch_images
-        images = round(self.num_images * (1 - drop.finish_share)) if drop else 0
-        return -(-images // batch) * batch
-
-
-def plan(recipe: Recipe, name: str, inputs: StageInputs, root: Path) -> StagePlan:
-    """Everything that decides stage ``name``. Raises ModelInputError if it cannot be built."""
-    settings = recipe.stages[name]
-    text, latent = inputs.text.manifest.extra, inputs.latents.manifest.extra
-    network = recipe.network_of(
-        settings, factor=latent["factor"], channels=latent["channels"], text_width=text["width"]
-    )
-    snapshot = SnapshotConfig(
-        network=network,
-        objective=recipe.train.objective,
-        resolution=settings.resolution,
-        autoencoder=recipe.encode.autoencoder,
-        autoencoder_digest=latent["digest"],
-        text_encoder=recipe.encode.text_encoder,
-        text_encoder_digest=text["digest"],
-    )
-    if inputs.parent:
-        _check_parent(inputs.parent, snapshot)
-    # A switch that is off leaves no trace, so stages trained before it existed are still found.
-    gamma = recipe.train.min_snr_gamma
-    weighing: dict[str, Any] = {} if gamma is None else {"min_snr_gamma": gamma}
-    if recipe.caption.weights and settings.condition_on == "text":
-        weighing["caption_weights"] = recipe.caption.weights
-    document = weighing | {
-        "settings": settings.model_dump(mode="json", exclude={"start_from"}, exclude_none=True),
-        "network": {n: v for n, v in network.to_dict().items() if n != "qk_norm" or v},
-        "objective": recipe.train.objective,
-        "flow_location": recipe.train.flow_location,
-        "seed": recipe.seed,
-        "name": name,
-    }
-    stage = StagePlan(name, recipe, settings, inputs, snapshot, root, document)
-    return replace(stage, folder=root / f"{name}-{stage.digest[:8]}")
-
-
-def _check_parent(parent: Path, wanted: SnapshotConfig) -> None:
-    """Raise ModelInputError unless ``parent`` can become a network of ``wanted``."""
-    config = load_config(parent)
-    if config.network.architecture == "pixart" and wanted.network.architecture == "dit":
-        raise ModelInputError(
-            f"{parent} is a PixArt; a class-conditional stage cannot start from it"
-        )
-    check_compatible(config.network, wanted.network)
-    if config.objective != wanted.objective:
-        raise ModelInputError(
-            f"{parent} was trained with objective {config.objective}, this stage uses "
-            f"{wanted.objective}; train its parent with the same one"
-        )
-    if config.autoencoder_digest != wanted.autoencoder_digest:
-        raise ModelInputError(f"{parent} was trained on latents of another autoencoder")
+_TROUBLE, _SKIPS = "trouble.json", "skips.json"  # beside the states
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -175,148 +58,161 @@ def run(
     """
     if stage.is_finished:
         return
-    stage.error_path.unlink(missing_ok=True)
-    settings = stage.recipe.train
+    with watch(stage, tracker, on_progress):
+        while (last := stage.states.find_newest(stage.num_images)) is None:
+            _fit(stage, tracker, scratch / f"train-{time.time_ns()}")
+            if trouble := _read_trouble(stage):
+                _rewind(stage, trouble, tracker)
+    tracker.catch_up(last.progress.history)
+    publish_snapshot(stage, average_of(stage, last))
+
+
+def _fit(stage: StagePlan, tracker: Tracker, storage: Path) -> None:
+    """One attempt by Ray Train, which restarts lost workers; all that counts is in the states."""
+    settings, batch = stage.recipe.train, stage.settings.batch_images
+    stage.states.folder.delete(_TROUBLE)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(stage.recipe.seed, stage.name, "init"))
+        first = start_network(stage.snapshot.network, stage.inputs.parent).state_dict()
+    least = settings.min_workers or settings.num_workers
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={
-            "stage": stage, "tracking_uri": tracker.uri, "run_id": tracker.run_id,
+            "stage": stage, "place": (tracker.uri, tracker.run_id), "weights": ray.put(first),
         },
-        scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=settings.num_workers if least == settings.num_workers
+            else (min(least, batch), settings.num_workers),
+            use_gpu=settings.use_gpu,
+            elastic_resize_monitor_interval_s=settings.resize_every_seconds,
+        ),
         run_config=RunConfig(
             name=stage.folder.name,
-            storage_path=str(scratch / "train"),
+            storage_path=str(storage),
             failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
     )  # fmt: skip
-    with _watch(tracker, on_progress):
-        trainer.fit()
-    if stage.error_path.is_file():
-        raise TrainingError(f"stage {stage.name}: {stage.error_path.read_text()}")
-    assert stage.is_finished, "every rank returned, so rank 0 wrote the snapshot"
-
-
-@contextmanager
-def _watch(tracker: Tracker, on_progress: Callable[[int], None]) -> Iterator[None]:
-    """Report progress while a stage runs, read where the workers log it."""
-    done = threading.Event()
-
-    def poll() -> None:
-        while not done.wait(_WATCH_SECONDS):
-            points = tracker.history("loss")
-            if points:
-                on_progress(points[-1][0])
-
-    thread = threading.Thread(target=poll, name="watch-training", daemon=True)
-    thread.start()
     try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(
+            f"stage {stage.name}: its workers died more often than train.max_failures = "
+            f"{settings.max_failures} allows, at last: {error}; run again to go on"
+        ) from error
+
+
+def _read_trouble(stage: StagePlan) -> dict[str, Any] | None:
+    """Why the workers stopped by themselves, if they did."""
+    try:
+        found: dict[str, Any] = json.loads(stage.states.folder.read(_TROUBLE))
+    except FileAbsent:
+        return None
+    return found
+
+
+def read_skips(folder: Folder) -> tuple[Skip, ...]:
+    """Batches that the states in ``folder`` leave out."""
+    try:
+        return tuple(Skip(*pair) for pair in json.loads(folder.read(_SKIPS)))
+    except FileAbsent:
+        return ()
+
+
+def _rewind(stage: StagePlan, trouble: dict[str, Any], tracker: Tracker) -> None:
+    """Leave out what derailed the stage. Raises TrainingError when that cannot help, or no more."""
+    message, bad = f"stage {stage.name}: {trouble['message']}", trouble["images_seen"]
+    skips, most = read_skips(stage.states.folder), stage.recipe.train.max_rewinds
+    if bad is None or len(skips) >= most:
+        used = f"; train.max_rewinds = {most} are used up" if bad is not None and most else ""
+        raise TrainingError(message + used)
+    newest = stage.states.find_newest()
+    back = newest.progress.images_seen if newest else 0
+    loop = loop_settings(stage, skips, 1)
+    skip = Skip(back, loop.batch_at(bad) + 1 - loop.batch_at(back))
+    kept = [s for s in skips if s.images_seen <= back]
+    stage.states.folder.write(_SKIPS, json.dumps([*kept, skip]).encode())
+    tracker.set_tags({f"rewind.{len(skips) + 1}": f"{message}; back to {back} images, "
+                      f"{skip.num_batches} batches left out"})  # fmt: skip
+    _log.warning("%s; going back to %d images and leaving out %d batches", message, *skip)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Runs on every Ray Train worker. The stage's own errors are final, not retried."""
     stage = cast(StagePlan, config["stage"])
-    lead = ray.train.get_context().get_world_rank() == 0
     try:
-        _train_stage(stage, config["tracking_uri"], config["run_id"], lead)
+        _train_stage(stage, config["place"], config["weights"])
     except (PixartError, ModelInputError) as error:
-        if lead:
-            stage.error_path.write_text(str(error))
+        if ray.train.get_context().get_world_rank() == 0:
+            seen = error.images_seen if isinstance(error, Derailed) else None
+            trouble = {"message": str(error), "images_seen": seen}
+            stage.states.folder.write(_TROUBLE, json.dumps(trouble).encode())
 
 
-def _train_stage(stage: StagePlan, uri: str, run_id: str, lead: bool) -> None:
+def _train_stage(stage: StagePlan, place: tuple[str, str], weights: ray.ObjectRef[Any]) -> None:
     device = choose_accelerator()
-    recipe, settings = stage.recipe, stage.settings
-    torch.manual_seed(derive_seed(recipe.seed, stage.name, "init"))
-    network = start_network(stage.snapshot.network, stage.inputs.parent)
-    network.checkpoint_blocks = recipe.train.recompute_blocks
+    recipe, settings, train = stage.recipe, stage.settings, stage.recipe.train
+    context = ray.train.get_context()
+    lead, world_size = context.get_world_rank() == 0, context.get_world_size()
+    newest, token = _agree_on_start(stage.states, lead)
+    network = build_network(stage.snapshot.network)
+    network.checkpoint_blocks = train.recompute_blocks
+    load_flat(network, newest.read(WEIGHT) if newest else ray.get(weights))
+    loop = loop_settings(stage, read_skips(stage.states.folder), world_size)
     engine = Engine(
-        network, settings.optimizer, zero_stage=recipe.train.zero_stage, device=device,
-        micro_batch=settings.batch_images // recipe.train.num_workers,
-    )  # fmt: skip
-    average = Ema(engine.parameters() if lead else [], settings.ema_half_life_images)
-    tracker = Tracker(uri, run_id) if lead else None
-    index = build_index(stage)
-    text = stage.inputs.text.manifest.extra
-    null = unpack_features(base64.b64decode(text["null_features"]), text["width"])
-    task = LatentTask(
-        snapshot=stage.snapshot,
-        latent_scale=stage.inputs.latents.manifest.extra["scale"],
-        null_features=null.float(),
-        condition_drop=settings.condition_drop,
-        flow_location=recipe.train.flow_location,
+        network, settings.optimizer, zero_stage=train.zero_stage, accumulate=loop.accumulate,
         device=device,
-        preview_prompts=recipe.train.preview_prompts,
-        preview_folder=stage.preview_folder,
-        log_image=tracker.log_image if tracker else lambda *_: None,
-        min_snr_gamma=recipe.train.min_snr_gamma,
-        token_drop=recipe.token_drop_of(settings),
-        finish_at=stage.finish_at,
-        caption_weights=recipe.caption.weights if settings.condition_on == "text" else (),
-    )
-    train(
-        task=task,
+    )  # fmt: skip
+    if newest:
+        engine.set_num_steps(newest.progress.images_seen // settings.batch_images)
+        newest.restore(engine.fragments(share=False))
+    progress = newest.progress if newest else Progress()
+    if lead:
+        how = "resuming at %d images, the newest complete state" if newest else "beginning at %d"
+        _log.warning(f"%s: {how}, %d workers", stage.name, progress.images_seen, world_size)
+    outbox = Outbox(*place, progress.history) if lead else None
+    index = build_index(stage)
+    train_loop.train(
+        task=make_task(stage, device),
         engine=engine,
         optimizer=settings.optimizer,
-        settings=LoopSettings(
-            total_images=settings.images,
-            batch_images=settings.batch_images,
-            save_every_images=recipe.train.save_every_images,
-            preview_every_images=recipe.train.preview_every_images,
-            log_every_images=recipe.train.log_every_images,
-            seed=derive_seed(recipe.seed, stage.name),
-        ),
+        settings=loop,
         index=index,
         order=Order.over(
             index.counts, batch_images=settings.batch_images, seed=derive_seed(recipe.seed, "order")
         ),
-        states=StateStore(stage.folder / "state", stage.digest),
-        average=average,
-        log_metrics=tracker.log_metrics if tracker else lambda *_: None,
-    )
+        progress=progress,
+        saver=Saver(stage.states, engine.rank, world_size, token, progress.images_seen),
+        average_share=lambda seen: 1 - ema_decay(
+            settings.ema_half_life_images, settings.batch_images, seen
+        ),
+        log_metrics=outbox.log_metrics if outbox else lambda *_: None,
+        has_notice=lambda: ray.train.get_preemption_info() is not None,
+    )  # fmt: skip
+    if outbox:
+        outbox.close()
+
+
+def _agree_on_start(states: StateStore, lead: bool) -> tuple[State | None, str]:
+    """The state to resume from and this attempt's name: rank 0 decides for all."""
+    found = None
     if lead:
-        publish_snapshot(stage, average.tensors)
+        newest = states.find_newest()
+        found = (newest.progress.images_seen if newest else None, uuid.uuid4().hex[:8])
+    images_seen, token = ray.train.collective.broadcast_from_rank_zero(found)
+    return None if images_seen is None else states.open(images_seen), token
 
 
-def build_index(stage: StagePlan) -> RowIndex:
-    """The rows this stage may use, with the columns its task decodes."""
-    inputs = stage.inputs
-    told = ["width", "height"] if stage.snapshot.network.size_condition else []
-    latents = (inputs.latents, ["moments", "bucket_h", "bucket_w", *told])
-    if stage.settings.condition_on == "class":
-        tables = {"images": (inputs.images, ["label"]), "latents": latents}
-    else:
-        tables = {
-            "images": (inputs.images, []),
-            "latents": latents,
-            "text": (inputs.text, ["features", "num_tokens"]),
-        }
-    return RowIndex(tables, Condition.parse(stage.settings.where))
-
-
-def start_network(config: NetworkConfig, parent: Path | None) -> PixArt | DiT:
-    """The network a stage begins with: fresh, its parent's weights, or re-parameterised."""
-    if parent is None:
-        return build_network(config)
-    _, network = load_network(parent)
-    if isinstance(network, DiT) and config.architecture == "pixart":
-        return reparameterize(network, config)[0]
-    if isinstance(network, PixArt):
-        return adapt(network, config)[0]
-    started = build_network(config)
-    started.load_state_dict(network.state_dict())
-    return started
-
-
-def publish_snapshot(stage: StagePlan, weights: dict[str, torch.Tensor]) -> None:
-    """Write the snapshot beside its place, manifest last, then move it in."""
-    staging = stage.folder / ".snapshot"
-    staging.mkdir(parents=True, exist_ok=True)
-    save_snapshot(staging, stage.snapshot, weights)
-    records = tuple(FileRecord.of(p) for p in sorted(staging.iterdir()) if p.name != MANIFEST_FILE)
-    (staging / MANIFEST_FILE).unlink(missing_ok=True)
-    Manifest(SNAPSHOT_SCHEMA, stage.document, stage.inputs.digests(), records).commit_to(staging)
-    publish_folder(staging, stage.snapshot_folder)
+def loop_settings(stage: StagePlan, skips: tuple[Skip, ...], world_size: int) -> LoopSettings:
+    """The loop's part of a stage's settings."""
+    settings, train = stage.settings, stage.recipe.train
+    return LoopSettings(
+        total_images=settings.images,
+        batch_images=settings.batch_images,
+        save_every_images=train.save_every_images,
+        preview_every_images=train.preview_every_images,
+        log_every_images=train.log_every_images,
+        seed=derive_seed(stage.recipe.seed, stage.name),
+        accumulate=train.accumulate_of(settings.batch_images, world_size),
+        spike_sigmas=train.spike_sigmas or math.inf,
+        skips=skips,
+    )

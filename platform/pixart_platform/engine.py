@@ -1,41 +1,36 @@
-"""The only file that knows DeepSpeed: ZeRO sharding, the optimizer step, collective means, shards.
+"""The only file that knows DeepSpeed: ZeRO sharding, the optimizer step, collective means.
 
-A torch optimizer is passed in, so nothing is compiled at start. DeepSpeed's checkpoints are
-pickles: they are written and read only as this run's own resume state, never registered, served
-or accepted from elsewhere.
+A torch optimizer is passed in, so nothing is compiled at start. Of DeepSpeed's checkpoints nothing
+is used: they are pickles, bound to a world size (its issues #2898, #6441), and stage 2 is outside
+its universal ones. Instead ``fragments`` names, for ZeRO 0 to 3 alike, which values of which
+parameter this rank holds in fp32, as views to save from and to restore into.
 """
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from pixart_platform.recipe import Count, Section
+from pixart_platform.optimizer import KINDS, AveragingAdamW, OptimizerSettings
+
+WEIGHT = "weight"  # the kind of the masters themselves, beside the optimizer's KINDS
+ZeroStage = Literal[0, 1, 2, 3]
 
 
-class OptimizerSettings(Section):
-    """AdamW with a constant rate after warm-up, and an optional linear decay to zero at the end."""
+class Fragment(NamedTuple):
+    """Consecutive values of one flattened parameter: fp32 views by kind, alike in length."""
 
-    learning_rate: float = Field(gt=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clip: float = Field(1.0, gt=0)
-    """Largest global gradient norm."""
-    warmup_images: Count = Field(0, ge=0)
-    decay_share: float = Field(0.0, ge=0, le=1)
-    """Last share of the stage over which the rate falls to zero; 0 keeps it constant."""
+    parameter: str
+    start: int
+    views: dict[str, Tensor]
 
-    def rate_at(self, images_seen: int, total_images: int) -> float:
-        """Learning rate of the step that starts after ``images_seen`` images."""
-        warm = min(1.0, (images_seen + 1) / self.warmup_images) if self.warmup_images else 1.0
-        tail = self.decay_share * total_images
-        cool = min(1.0, (total_images - images_seen) / tail) if tail else 1.0
-        return self.learning_rate * warm * cool
+    def part(self, begin: int, end: int) -> "Fragment":
+        """The values from ``begin`` to ``end`` of this fragment."""
+        return Fragment(
+            self.parameter, self.start + begin, {k: v[begin:end] for k, v in self.views.items()}
+        )
 
 
 class Engine:
@@ -43,37 +38,52 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        network: nn.Module,
         settings: OptimizerSettings,
         *,
-        zero_stage: Literal[0, 1, 2],
-        micro_batch: int,
+        zero_stage: ZeroStage,
+        accumulate: int,
         device: torch.device,
     ) -> None:
+        """``network`` has its first weights, in fp32; a step follows ``accumulate`` backwards."""
         import deepspeed
 
-        if device.type == "cpu":
+        on_gpu = device.type == "cuda"
+        if not on_gpu:
             # Its shared-memory all-reduce costs a minute of g++ at first use and serves inference
             # only; gloo does our reductions.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, betas=settings.betas,
-            eps=settings.eps, weight_decay=settings.weight_decay,
-        )  # fmt: skip
+        self._optimizer = AveragingAdamW(
+            network.parameters(), settings, fused=on_gpu, clips=zero_stage == 0
+        )
         config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": settings.gradient_clip,
-            "zero_optimization": {"stage": zero_stage},
+            "train_micro_batch_size_per_gpu": 1,  # only counts; slices may differ by an image
+            "gradient_accumulation_steps": accumulate,
+            "gradient_clipping": settings.gradient_clip if zero_stage else 0.0,
+            "zero_optimization": {"stage": zero_stage, "overlap_comm": on_gpu},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": device.type == "cuda"},  # this project's CPUs are faster in fp32
+            "bf16": {"enabled": on_gpu},  # this project's CPUs are faster in fp32
             "steps_per_print": 10**9,
         }
+        exact = (
+            {n: p.detach().cpu().clone() for n, p in network.named_parameters()} if on_gpu else {}
+        )
         self._engine: Any
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        self.device = device
+        self._engine, *_ = deepspeed.initialize(
+            model=network, optimizer=self._optimizer, config=config
+        )
+        self.device, self.zero_stage = device, zero_stage
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
+        self._set_masters(exact)
+        for flat in self._masters():
+            self._optimizer.prepare(flat)
+
+    @torch.no_grad()
+    def _set_masters(self, exact: dict[str, Tensor]) -> None:
+        """DeepSpeed makes the masters from weights that it has rounded to bf16; undo that."""
+        for name, start, flat, begin, length in self._layout() if exact else ():
+            flat[begin : begin + length].copy_(exact[name].view(-1)[start : start + length])
 
     @property
     def module(self) -> nn.Module:
@@ -81,43 +91,71 @@ class Engine:
         wrapped: nn.Module = self._engine
         return wrapped
 
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole named parameters, as every rank holds them under ZeRO 0-2."""
-        named: Iterator[tuple[str, Tensor]] = self._engine.module.named_parameters()
-        return named
-
-    def set_learning_rate(self, rate: float) -> None:
+    def set_rates(self, learning_rate: float, average_share: float) -> None:
+        """Of the next step; the average moves by ``average_share`` of the way to the weights."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
+        self._optimizer.average_share = average_share
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
     def step(self) -> None:
+        """Call after every backward; the last of ``accumulate`` moves the weights."""
         self._engine.step()
 
     def gradient_norm(self) -> float:
-        """Global norm before clipping, of the last step."""
+        """Global norm before clipping, of the last step; not finite if that was not taken."""
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
-    def mean(self, value: Tensor) -> float:
-        """Mean of a scalar over ranks, equal on all of them."""
-        total = value.detach().float().clone()
+    def sum(self, values: Tensor) -> list[float]:
+        """Sums over ranks of a few values, equal on all of them."""
+        total = values.detach().float()
         torch.distributed.all_reduce(total)
-        return float(total) / self.world_size
+        found: list[float] = total.tolist()
+        return found
 
-    def barrier(self) -> None:
-        torch.distributed.barrier()
+    def set_num_steps(self, num_steps: int) -> None:
+        """Steps taken before now, for Adam's bias correction."""
+        for flat in self._masters():
+            self._optimizer.prepare(flat, num_steps)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards into ``folder``, which all ranks share. Collective."""
-        self._engine.save_checkpoint(str(folder), tag="shards", save_latest=False)
+    def fragments(self, *, share: bool) -> Iterator[Fragment]:
+        """What this rank holds. With ``share``, of what all hold (ZeRO 0) only its part."""
+        for name, start, flat, begin, length in self._layout():
+            states = self._optimizer.state[flat]
+            whole = {WEIGHT: flat.detach()} | {kind: states[kind] for kind in KINDS}
+            views = {k: v.view(-1)[begin : begin + length] for k, v in whole.items()}
+            fragment = Fragment(name, start, views)
+            if share and self.zero_stage == 0:
+                first, last = (length * r // self.world_size for r in (self.rank, self.rank + 1))
+                fragment = fragment.part(first, last)
+            yield fragment
 
-    def load(self, folder: Path) -> None:
-        """Load what ``save`` wrote for the same world size. Collective."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="shards")
-        assert loaded, f"{folder} was listed complete but DeepSpeed found no shards in it"
+    def _masters(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer steps."""
+        if self.zero_stage == 0:
+            return list(self._engine.module.parameters())
+        sharded = self._engine.optimizer
+        if self.zero_stage == 3:
+            return list(sharded.fp32_partitioned_groups_flat)
+        return list(sharded.single_partition_of_fp32_groups)
+
+    def _layout(self) -> Iterator[tuple[str, int, Tensor, int, int]]:
+        """(parameter, start in it, master tensor, start in that, length) of all this rank holds."""
+        sharded, masters = self._engine.optimizer, self._masters()
+        for name, parameter in self._engine.module.named_parameters():
+            if self.zero_stage == 0:
+                yield name, 0, parameter, 0, parameter.numel()
+            elif self.zero_stage == 3:
+                group, begin, size = sharded.grad_position[sharded.get_param_id(parameter)]
+                start = self.rank * size  # all ranks' partitions are as long, the last is padded
+                if (length := min(size, parameter.ds_numel - start)) > 0:
+                    yield name, start, masters[group], begin, length
+            elif (mapped := parameter._hp_mapping) is not None:
+                ours, theirs = mapped.lp_fragment_address, mapped.hp_fragment_address
+                yield name, ours.start, masters[mapped.param_group_index], theirs.start, ours.numel
 
 
 def choose_accelerator() -> torch.device:

@@ -21,5 +21,9 @@ class RegistryError(PixartError):
     """An unknown model, version or alias."""
 
 
+class TrackingError(PixartError):
+    """A tracking server or database that does not answer."""
+
+
 class TrainingError(PixartError):
     """Training that stopped itself: a non-finite loss, an order too small for its batch."""

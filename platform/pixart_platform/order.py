@@ -141,11 +141,5 @@ class _Stream:
 
 
 def slice_of_rank(batch: NDArray[np.int64], rank: int, world_size: int) -> slice:
-    """The part of a global batch that ``rank`` draws. Raises TrainingError if it cannot divide."""
-    share, rest = divmod(len(batch), world_size)
-    if rest:
-        raise TrainingError(
-            f"batch_images = {len(batch)} does not divide among {world_size} workers; "
-            f"use a multiple of {world_size}"
-        )
-    return slice(rank * share, (rank + 1) * share)
+    """The part of a global batch that ``rank`` draws; parts differ by a sample at most."""
+    return slice(len(batch) * rank // world_size, len(batch) * (rank + 1) // world_size)

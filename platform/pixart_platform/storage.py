@@ -267,6 +267,15 @@ def _stage(path: Path, data: bytes | memoryview) -> Iterator[Path]:
             staged.unlink()
 
 
+def delete_folder(folder: Folder, first: str) -> None:
+    """Delete all that is in a folder, beginning with the file that makes it count."""
+    folder.delete(first)
+    for entry in folder.walk():
+        folder.delete(entry.name)
+    if isinstance(folder, LocalFolder):
+        shutil.rmtree(folder.path, ignore_errors=True)  # staged files, and folders now empty
+
+
 def publish_folder(staging: Path, target: Path) -> None:
     """Move a finished folder into place; whatever unfinished thing was there is replaced."""
     if target.exists():
