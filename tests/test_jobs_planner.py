@@ -82,7 +82,7 @@ def test_the_papers_recipe_has_its_steps(stage: str, steps: int) -> None:
 
 @repeatable
 @given(
-    fewer=st.sampled_from([8, 16, 32]), zero=st.integers(0, 2), recompute=st.booleans(),
+    fewer=st.sampled_from([8, 16, 32]), zero=st.integers(1, 3), recompute=st.booleans(),
     kind=st.sampled_from(["h200", "a100-80g"]),
 )  # fmt: skip
 def test_more_gpus_are_faster_and_higher_zero_is_smaller(
@@ -109,7 +109,7 @@ def test_more_gpus_are_faster_and_higher_zero_is_smaller(
 @repeatable
 @given(
     micro_batch=st.integers(1, 400), workers=st.sampled_from([1, 2, 6, 16]),
-    zero=st.integers(0, 2), kind=st.sampled_from(["a10g", "l4", "a100-40g", "h100-80g"]),
+    zero=st.integers(1, 3), kind=st.sampled_from(["a10g", "l4", "a100-40g", "h100-80g"]),
     recompute=st.booleans(), stage=st.sampled_from(["align", "aesthetics_512"]),
 )  # fmt: skip
 def test_advice_makes_the_plan_fit(
@@ -139,7 +139,7 @@ def test_advice_makes_the_plan_fit(
 
 
 def test_memory_is_the_measured_formulas() -> None:
-    """One worker on a CPU, and the average beside its weights."""
+    """One worker on a CPU, and the average and a state that is being saved beside its weights."""
     machine = Machine("cpu", ACCELERATORS["cpu"])
     for name in DIGITS.stages:
         memory = memory_of(DIGITS, machine, name)
@@ -149,6 +149,7 @@ def test_memory_is_the_measured_formulas() -> None:
         for batch in (1, 32, 500):
             told = step_memory(stage.network, batch, side, side, text, ema_copies=1).total
             found = memory.peak(batch, 0, 1) - RUNTIME_BYTES[False] + LIBRARIES
+            found -= 32 * memory.parameters
             assert found == pytest.approx(told, rel=1e-3)
 
 
@@ -196,7 +197,7 @@ def test_the_sheet_adds_up_and_says_what_was_assumed() -> None:
     [
         (["pixart-alpha", "--gpu", "l4", "--set", "train.recompute_blocks=false"],
          "Any one of these will do: --set train.recompute_blocks=true |"),
-        (["pixart-alpha", "--nodes", "9"], "does not divide among train.num_workers = 72"),
+        (["pixart-alpha", "--nodes", "49"], "less than an image for each of train.num_workers"),
         (["digits", "--gpu", "tpu"], "accelerator 'tpu' is unknown; one of a100-40g,"),
     ],
 )  # fmt: skip

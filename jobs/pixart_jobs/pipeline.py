@@ -229,8 +229,12 @@ class Pipeline:
             if not plan.is_finished:
                 for table in (inputs.images, inputs.text, latents):
                     tracker.log_table(table, "training")
-                with self._job(name, plan.folder.name, plan.num_images, "images", tracker) as job:
-                    train.run(plan, tracker, self._space.scratch, job.reach)
+                shared = self._recipe.train
+                num_gpus = shared.num_workers if shared.use_gpu else 0
+                with self._job(
+                    name, plan.folder.name, plan.num_images, "images", tracker, num_gpus
+                ) as job:
+                    train.run(plan, tracker, self._space.scratch, job.reach, self._monitor.note)
             version = self._register(plan, number, tracker, parent)
             tracker.finish()
             results.append(StageResult(plan, version, tracker.history("loss")))
@@ -286,12 +290,12 @@ class Pipeline:
     @contextmanager
     def _job(
         self, name: str, key: str, total: int, unit: str = "partitions",
-        tracker: Tracker | None = None,
+        tracker: Tracker | None = None, num_gpus: float = 0,
     ) -> Iterator[JobMonitor]:  # fmt: skip
         """Show, time and charge one job; its cost is kept beside it, attempt by attempt."""
         try:
             with (
-                measure(self._recipe.accounting) as cost,
+                measure(self._recipe.accounting, num_gpus) as cost,
                 self._monitor.job(name, total, unit) as job,
             ):
                 yield job
@@ -309,4 +313,4 @@ class Pipeline:
         """Over all jobs of this pipeline, including those that earlier starts finished."""
         records = [json.loads(path.read_text()) for path in self._space.costs.glob("*.json")]
         mine = [record for record in records if record["key"] in self._keys]
-        return Cost(**{name: sum(r[name] for r in mine) for name in vars(Cost())})
+        return Cost(**{name: sum(r.get(name, 0.0) for r in mine) for name in vars(Cost())})

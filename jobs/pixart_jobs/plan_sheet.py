@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pixart_jobs.planner import (
     BUCKET_BYTES,
     GIB,
-    KEPT_STATES,
     RUNTIME_BYTES,
     ZERO_STAGES,
     JobCost,
@@ -13,6 +12,7 @@ from pixart_jobs.planner import (
     StageCost,
     count_rows,
     mean_tokens,
+    micro_batch,
 )
 from pixart_platform.accounting import carbon_intensity
 
@@ -74,7 +74,7 @@ _MEMORY = ("stage", "images", *(f"ZeRO {zero}" for zero in ZERO_STAGES), "has")
 def _memory(plan: Plan, stage: StageCost) -> list[str]:
     own = plan.recipe.train.zero_stage
     return [
-        stage.name, f"{stage.settings.batch_images // plan.recipe.train.num_workers}",
+        stage.name, f"{micro_batch(plan.recipe, stage.settings)}",
         *(f"{need / GIB:.2f}{'*' if zero == own else ' '}"
           for zero, need in enumerate(stage.memory)),
         f"{plan.machine.kind.memory_gib:g}",
@@ -129,12 +129,12 @@ def _assumptions(plan: Plan) -> list[str]:
         "the fuller",
         "memory: "
         + ("weights, gradients in bf16" if machine.on_gpu else "weights, gradients in fp32")
-        + f"; fp32 masters, AdamW by ZeRO stage; fp32 average on rank 0; ZeRO 3 gathers two blocks "
-        f"at a time; {runtime:g} GiB for the runtime"
+        + f"; fp32 masters, AdamW and the average by ZeRO stage; ZeRO 3 gathers two blocks at a "
+        f"time; {runtime:g} GiB for the runtime"
         + (f"; buckets of {BUCKET_BYTES / 1e9:g} GB from ZeRO 1 on" if machine.on_gpu else ""),
         f"{country}: {carbon_intensity(country):.3f} kg CO2 a kWh (codecarbon)",
         f"encode: T5's and the autoencoder's formulas by the encoders' names, at the smallest "
         f"resolution's MFU, {'the autoencoder in TF32, ' if machine.on_gpu else ''}no padding",
-        f"states: {KEPT_STATES} of each stage, and its snapshot",
+        f"states: {recipe.train.keep_states} of each stage and the best, and its snapshot",
         "not counted: ingest, captioning, evaluation, previews, waiting for data, lost work",
     ]

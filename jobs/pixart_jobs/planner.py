@@ -26,7 +26,6 @@ GIB = 2**30
 ZERO_STAGES = (0, 1, 2, 3)
 BUCKET_BYTES = 10**9  # DeepSpeed's reduce_bucket_size, 5e8 elements, held whole in bf16
 RUNTIME_BYTES = {True: 2 * GIB, False: int(0.6 * GIB)}  # GPU: context, NCCL, holes; CPU: imports
-KEPT_STATES = 2  # of each stage, by checkpoint.StateStore
 SCENE_BYTES, SCENE_TOKENS = 4_200, 12.3  # of a sample scene, measured
 IMAGE_BYTES = 300_000
 Changes = Mapping[str, Any]  # settings by path, as --set takes them
@@ -69,22 +68,24 @@ class StageMemory:
     on_gpu: bool
 
     def peak(self, micro_batch: int, zero_stage: int, num_workers: int) -> float:
-        """Of the fullest worker, rank 0, which keeps the average of weights.
+        """Of a worker: weights, and by ZeRO stage gradients, moments, average and masters.
 
         Gradients come as activations go, so the larger of both counts. With bf16 the update then
-        needs fp32 gradients and a temporary, both sharded, and the average an fp32 copy.
+        needs fp32 gradients and a temporary. On a CPU, where that is the same memory, a state that
+        is being saved is there as a copy and as a file's bytes.
         """
         p, element = self.parameters, 2 if self.on_gpu else 4
         weights, gradients, optimizer = (
             1 / num_workers if zero_stage >= stage else 1 for stage in (3, 2, 1)
         )
         master = 4 * (self.on_gpu or zero_stage > 0)
-        held = p * (element * weights + (8 + master) * optimizer + 4)
+        saved = 32 / num_workers * (not self.on_gpu)
+        held = p * (element * weights + (12 + master) * optimizer + saved)
         held += 2 * element * self.block_parameters * (zero_stage == 3)  # gathered for use
         kept, sharded = micro_batch * self.activations, element * p * gradients
         backward = max(kept, sharded) + self.holes[0] * kept + self.holes[1] * min(kept, sharded)
         backward += micro_batch * self.scratch + BUCKET_BYTES * (zero_stage > 0 and self.on_gpu)
-        update = sharded + p * max(8 * optimizer, 4) * self.on_gpu
+        update = sharded + p * 8 * optimizer * self.on_gpu
         return held + max(backward, update) + RUNTIME_BYTES[self.on_gpu]
 
 
@@ -140,7 +141,7 @@ def make_plan(recipe: Recipe, gpu: str = "", mfu: float | None = None) -> Plan:
     stages = [cost_stage(recipe, machine, stage) for stage in recipe.stages]
     rows = count_rows(recipe)
     encode = cost_encode(recipe, machine, rows) if rows else None
-    return Plan(recipe, machine, encode, stages, measure_storage(recipe, machine, stages, rows))
+    return Plan(recipe, machine, encode, stages, measure_storage(recipe, stages, rows))
 
 
 def count_rows(recipe: Recipe) -> int | None:
@@ -221,7 +222,7 @@ def cost_stage(recipe: Recipe, machine: Machine, name: str) -> StageCost:
     flops = steps * stage.batch_images * (share * whole + (1 - share) * dropped)
     seconds = machine.seconds(flops, workers, stage.resolution, steps)
     cost = recipe.accounting.charge(machine.kind, seconds, workers)
-    peaks = [memory.peak(stage.batch_images // workers, zero, workers) for zero in ZERO_STAGES]
+    peaks = [memory.peak(micro_batch(recipe, stage), zero, workers) for zero in ZERO_STAGES]
     return StageCost(name, flops, workers, cost, stage, config, memory.parameters, tuple(peaks))
 
 
@@ -238,9 +239,7 @@ def cost_encode(recipe: Recipe, machine: Machine, rows: int) -> JobCost:
     return JobCost("encode", words + pictures, num_gpus, cost)
 
 
-def measure_storage(
-    recipe: Recipe, machine: Machine, stages: list[StageCost], rows: int | None
-) -> dict[str, float]:
+def measure_storage(recipe: Recipe, stages: list[StageCost], rows: int | None) -> dict[str, float]:
     """Bytes of tables and checkpoints: bf16 features, fp16 moments, fp32 averages and snapshots."""
     found: dict[str, float] = {}
     if rows:
@@ -253,8 +252,8 @@ def measure_storage(
         for side in recipe.encode.resolutions:
             positions = (side // autoencoder.factor) ** 2
             found[f"latents {side}px"] = rows * 4 * autoencoder.latent * positions
-    state = (2 if machine.on_gpu else 4) + 12 + 4  # weights, masters and AdamW, average
-    found["states and snapshots"] = sum((KEPT_STATES * state + 4) * s.parameters for s in stages)
+    states = 16 * (recipe.train.keep_states + 1)  # with the best: masters, moments, average
+    found["states and snapshots"] = sum((states + 4) * s.parameters for s in stages)
     return found
 
 
@@ -262,22 +261,24 @@ def find_excess(recipe: Recipe, machine: Machine) -> dict[str, float]:
     """GiB by which stages are too large, the worst first."""
     train, over = recipe.train, {}
     for name, stage in recipe.stages.items():
-        memory, micro_batch = memory_of(recipe, machine, name), _micro_batch(recipe, stage)
-        need = memory.peak(micro_batch, train.zero_stage, train.num_workers) / GIB
+        memory = memory_of(recipe, machine, name)
+        need = memory.peak(micro_batch(recipe, stage), train.zero_stage, train.num_workers) / GIB
         if need > machine.kind.memory_gib:
             over[name] = need - machine.kind.memory_gib
     return dict(sorted(over.items(), key=lambda item: -item[1]))
 
 
-def _micro_batch(recipe: Recipe, stage: StageSettings) -> int:
-    return stage.batch_images // recipe.train.num_workers
+def micro_batch(recipe: Recipe, stage: StageSettings) -> int:
+    """The most images a worker takes at a time."""
+    share = -(-stage.batch_images // recipe.train.num_workers)
+    return -(-share // recipe.train.accumulate_of(stage.batch_images, recipe.train.num_workers))
 
 
 def fitting_batch(recipe: Recipe, machine: Machine, name: str) -> int:
-    """The most images of a stage that fit on each worker, of those its batch gives it."""
+    """The most images of a stage that fit on each worker, of those it takes at a time."""
     memory, train = memory_of(recipe, machine, name), recipe.train
     return bisect_right(
-        range(1, _micro_batch(recipe, recipe.stages[name]) + 1), machine.kind.memory_gib * GIB,
+        range(1, micro_batch(recipe, recipe.stages[name]) + 1), machine.kind.memory_gib * GIB,
         key=lambda batch: memory.peak(batch, train.zero_stage, train.num_workers),
     )  # fmt: skip
 
@@ -292,7 +293,7 @@ def refuse_excess(recipe: Recipe, machine: Machine) -> None:
     blocks = "with" if train.recompute_blocks else "without"
     told = [" ".join(f"--set {p}={v}" for p, v in way.items()).lower() for way in ways]
     raise PlanError(
-        f"stages {', '.join(over)}: too large. {_micro_batch(recipe, recipe.stages[name])} images "
+        f"stages {', '.join(over)}: too large. {micro_batch(recipe, recipe.stages[name])} images "
         f"of {name} on each {machine.name} need {over[name] + has:.1f} GiB, {over[name]:.1f} more "
         f"than its {has:g}, at ZeRO {train.zero_stage} {blocks} recompute_blocks; "
         f"{fitting_batch(recipe, machine, name)} would fit. "
@@ -302,10 +303,9 @@ def refuse_excess(recipe: Recipe, machine: Machine) -> None:
 
 
 def find_ways(recipe: Recipe, machine: Machine, names: list[str]) -> Iterator[Changes]:
-    """Changes that make the recipe fit, fewest and smallest first.
+    """Changes that make the recipe fit, fewest and smallest first; what is trained stays the same.
 
-    Recomputed blocks, higher ZeRO stages and more workers leave what is trained as it is; smaller
-    batches of the stages ``names`` come last, since they change it.
+    Accumulating smaller parts of a batch comes last, since small products use less of a GPU.
     """
     train, found = recipe.train, False
     common = math.gcd(*(stage.batch_images for stage in recipe.stages.values()))
@@ -323,9 +323,8 @@ def find_ways(recipe: Recipe, machine: Machine, names: list[str]) -> Iterator[Ch
             if way := next(fitting, None):
                 found = True
                 yield way
-    batches = {n: fitting_batch(recipe, machine, n) * train.num_workers for n in names}
-    if all(batches.values()):
-        yield {f"stages.{n}.batch_images": batch for n, batch in batches.items()}
+    if images := min(fitting_batch(recipe, machine, name) for name in names):
+        yield {"train.micro_batch_images": images}
 
 
 def change(recipe: AnyRecipe, changes: Changes) -> AnyRecipe:

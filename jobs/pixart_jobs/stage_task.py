@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pixart_models.autoencoder import sample_moments
 from pixart_models.config import ModelInputError
 from pixart_models.diffusion import NUM_TIMESTEPS, get_objective
+from pixart_models.forecast import step_flops
 from pixart_models.layers import PackedText, pack_text
 from pixart_models.snapshot import SnapshotConfig
 from pixart_models.token_drop import Route, TokenDrop, take_patches
@@ -86,7 +87,8 @@ class LatentTask:
         dropped = draws.uniform() < self.condition_drop
         timesteps = self._objective.sample_timesteps(uniform)
         route = self._choose_route(batch, draws)
-        return self._denoise(model, batch, noises, timesteps, dropped, route)
+        losses = self._denoise(model, batch, noises, timesteps, dropped, route)
+        return losses._replace(flops=self._count_flops(batch, route))
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, batch: LatentBatch, seed: int, quantile: float) -> Tensor:
@@ -99,6 +101,13 @@ class LatentTask:
         kept = torch.zeros(count, dtype=torch.bool)
         noises = self._draw_noises(batch, draws)
         return self._denoise(model, batch, noises, timesteps, kept, None).values
+
+    def _count_flops(self, batch: LatentBatch, route: Route | None) -> float:
+        """Of forward and backward, by formula, recomputed blocks left out: what MFU counts."""
+        height, width = batch.moments.shape[2:]
+        count, drop = len(batch.moments), self.token_drop if route else None
+        text = sum(batch.num_tokens or ()) / max(count, 1)
+        return count * step_flops(self.snapshot.network, height, width, text, drop)
 
     def _draw_noises(self, batch: LatentBatch, draws: SampleDraws) -> tuple[Tensor, Tensor]:
         """The autoencoder's noise and the objective's, (B, C, h, w)."""

@@ -36,6 +36,7 @@ from pixart_models.config import ModelInputError
 from pixart_models.ema import ema_decay
 from pixart_models.snapshot import build_network
 from pixart_platform import train_loop
+from pixart_platform.accounting import recognise
 from pixart_platform.checkpoint import Progress, Saver, State, StateStore
 from pixart_platform.engine import WEIGHT, Engine, choose_accelerator
 from pixart_platform.errors import PixartError, TrainingError
@@ -50,7 +51,11 @@ _log = logging.getLogger(__name__)
 
 
 def run(
-    stage: StagePlan, tracker: Tracker, scratch: Path, on_progress: Callable[[int], None]
+    stage: StagePlan,
+    tracker: Tracker,
+    scratch: Path,
+    on_progress: Callable[[int], None],
+    note: Callable[[str], None],
 ) -> None:
     """Train ``stage`` to its snapshot; at once if it is there. Raises TrainingError.
 
@@ -58,11 +63,13 @@ def run(
     """
     if stage.is_finished:
         return
+    if complete := stage.states.complete():
+        note(f"{stage.name} goes on at {complete[-1]} images, the newest of its states")
     with watch(stage, tracker, on_progress):
         while (last := stage.states.find_newest(stage.num_images)) is None:
             _fit(stage, tracker, scratch / f"train-{time.time_ns()}")
             if trouble := _read_trouble(stage):
-                _rewind(stage, trouble, tracker)
+                note(_rewind(stage, trouble))
     tracker.catch_up(last.progress.history)
     publish_snapshot(stage, average_of(stage, last))
 
@@ -118,8 +125,8 @@ def read_skips(folder: Folder) -> tuple[Skip, ...]:
         return ()
 
 
-def _rewind(stage: StagePlan, trouble: dict[str, Any], tracker: Tracker) -> None:
-    """Leave out what derailed the stage. Raises TrainingError when that cannot help, or no more."""
+def _rewind(stage: StagePlan, trouble: dict[str, Any]) -> str:
+    """Leave out what derailed the stage, and say so. Raises TrainingError if that is no help."""
     message, bad = f"stage {stage.name}: {trouble['message']}", trouble["images_seen"]
     skips, most = read_skips(stage.states.folder), stage.recipe.train.max_rewinds
     if bad is None or len(skips) >= most:
@@ -131,9 +138,13 @@ def _rewind(stage: StagePlan, trouble: dict[str, Any], tracker: Tracker) -> None
     skip = Skip(back, loop.batch_at(bad) + 1 - loop.batch_at(back))
     kept = [s for s in skips if s.images_seen <= back]
     stage.states.folder.write(_SKIPS, json.dumps([*kept, skip]).encode())
-    tracker.set_tags({f"rewind.{len(skips) + 1}": f"{message}; back to {back} images, "
-                      f"{skip.num_batches} batches left out"})  # fmt: skip
-    _log.warning("%s; going back to %d images and leaving out %d batches", message, *skip)
+    return f"{message}; going back to {back} images, leaving out {skip.num_batches} batches"
+
+
+def _peak_tflops() -> float:
+    """Of this process's GPU, if there is one that is known."""
+    kind = recognise(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return kind.tflops if kind else 0.0
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -214,5 +225,6 @@ def loop_settings(stage: StagePlan, skips: tuple[Skip, ...], world_size: int) ->
         seed=derive_seed(stage.recipe.seed, stage.name),
         accumulate=train.accumulate_of(settings.batch_images, world_size),
         spike_sigmas=train.spike_sigmas or math.inf,
+        peak_tflops=_peak_tflops(),
         skips=skips,
     )

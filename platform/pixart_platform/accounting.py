@@ -7,6 +7,7 @@ here, which a recipe overrides where its own are known.
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ class Cost:
     kwh: float = 0.0
     co2_kg: float = 0.0
     usd: float = 0.0
+    gpu_hours: float = 0.0
 
     def as_metrics(self) -> dict[str, float]:
         return {f"cost_{k}": v for k, v in vars(self).items()}
@@ -90,7 +92,9 @@ class AccountingSettings(Section):
     country: str = Field("USA", pattern="^[A-Z]{3}$")
     """ISO 3166 alpha-3 code whose electricity mix is assumed."""
     usd_per_hour: float = Field(0.0, ge=0)
-    """Price of the machines a pipeline occupies."""
+    """Price of the machines a pipeline occupies; of jobs on GPUs, the accelerator's counts."""
+    accelerator: str = "a100-80g"
+    """What GPUs are charged as, where a recipe uses them; its price and watts are below."""
     accelerators: dict[str, Accelerator] = Field(default_factory=dict)
     """What a forecast takes an accelerator for: of one it knows, only what differs; another, whole.
     """
@@ -119,7 +123,15 @@ class AccountingSettings(Section):
         hours = seconds * number / 3600
         kwh = hours * kind.watts / 1000
         co2_kg = kwh * carbon_intensity(self.country)
-        return Cost(seconds, kwh, co2_kg, hours * kind.usd_per_hour)
+        return Cost(seconds, kwh, co2_kg, hours * kind.usd_per_hour, hours)
+
+
+def recognise(device_name: str) -> Accelerator | None:
+    """The accelerator of CUDA's ``device_name``, as ``NVIDIA A100-SXM4-80GB``, if it is known."""
+    for name, kind in ACCELERATORS.items():
+        if all(re.search(rf"\b{part}b?\b", device_name.lower()) for part in name.split("-")):
+            return kind
+    return None
 
 
 @lru_cache
@@ -137,8 +149,11 @@ def carbon_intensity(country: str) -> float:
 
 
 @contextmanager
-def measure(settings: AccountingSettings) -> Iterator[Cost]:
-    """Fills the yielded Cost when the block ends."""
+def measure(settings: AccountingSettings, num_gpus: float = 0) -> Iterator[Cost]:
+    """Fills the yielded Cost when the block ends.
+
+    Of ``num_gpus``, on whichever machines, time is measured and the rest charged by the table.
+    """
     from codecarbon import OfflineEmissionsTracker
 
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # its import sets INFO
@@ -156,3 +171,6 @@ def measure(settings: AccountingSettings) -> Iterator[Cost]:
         cost.kwh = float(tracker.final_emissions_data.energy_consumed)
         cost.seconds = time.monotonic() - started
         cost.usd = cost.seconds / 3600 * settings.usd_per_hour
+        if num_gpus:
+            kind = settings.find_accelerator(settings.accelerator)
+            vars(cost).update(vars(settings.charge(kind, cost.seconds, num_gpus)))

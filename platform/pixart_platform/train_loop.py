@@ -13,6 +13,7 @@ for the gradients' norm in any case.)
 
 import logging
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -39,10 +40,11 @@ _log = logging.getLogger(__name__)
 
 
 class Losses(NamedTuple):
-    """Of this rank's samples: each one's loss (B,), and its noise level (B,) in 0 to 1."""
+    """Of this rank's samples: each one's loss (B,), its noise level (B,) in 0 to 1, all FLOPs."""
 
     values: Tensor
     levels: Tensor
+    flops: float = 0.0
 
 
 class Task(Protocol):
@@ -83,6 +85,8 @@ class LoopSettings:
     accumulate: int = 1
     """Backward passes a step: a rank's share of a batch is cut into as many parts."""
     spike_sigmas: float = math.inf
+    peak_tflops: float = 0.0
+    """Of a worker's accelerator, to measure utilisation against; 0 if unknown."""
     skips: Sequence[Skip] = ()
     patience_seconds: float = 600.0
     """How long the end of a run waits for its last state to be saved."""
@@ -124,19 +128,32 @@ class _Meter:
             self._counts[k] += bands[NUM_BANDS + k]
         self._images, self._waited = self._images + images, self._waited + waited
 
-    def report(self) -> dict[str, float]:
+    def report(self, flops: float, settings: "LoopSettings") -> dict[str, float]:
+        """``flops`` is what this rank computes for a batch."""
         seconds = time.monotonic() - self._started
         metrics = {
             "loss": sum(self._losses) / len(self._losses),
             "images_per_second": self._images / seconds,
             "data_wait_share": self._waited / seconds,
-        } | {
+            "worker_tflops": flops * len(self._losses) / seconds / 1e12,
+            "memory_gib": peak_memory() / 2**30,
+        }
+        if settings.peak_tflops:
+            metrics["mfu"] = metrics["worker_tflops"] / settings.peak_tflops
+        metrics |= {
             f"loss_noise_{k / NUM_BANDS:g}": total / count
             for k, (total, count) in enumerate(zip(self._bands, self._counts, strict=True))
             if count
         }
         self.__init__()  # type: ignore[misc]  # begins anew
         return metrics
+
+
+def peak_memory() -> int:
+    """Most bytes of the accelerator, or without one of this process, in use so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def _split(losses: Losses) -> Tensor:
@@ -206,7 +223,9 @@ def train(  # noqa: PLR0915  # the one long function: a loop is read from top to
         rate = optimizer.rate_at(progress.images_seen, settings.total_images)
         engine.set_rates(rate, average_share(after))
         asks = (saver.is_busy, lead and began - looked > _NOTICE_SECONDS)
-        bands, (num_busy, looks) = _forward_and_back(task, engine, parts, asks, settings, progress)
+        bands, (num_busy, looks), flops = _forward_and_back(
+            task, engine, parts, asks, settings, progress
+        )
         engine.step()
         if not math.isfinite(norm := engine.gradient_norm()):
             where = f"after {progress.images_seen} images"
@@ -216,7 +235,9 @@ def train(  # noqa: PLR0915  # the one long function: a loop is read from top to
         progress.recent = [*progress.recent[1 - _WINDOW :], loss]
         meter.add(loss, bands, batch_images, waited)
         if lead and settings.is_due(settings.log_every_images, after):
-            metrics = meter.report() | {"learning_rate": rate, "gradient_norm": norm}
+            metrics = meter.report(flops, settings) | {
+                "learning_rate": rate, "gradient_norm": norm, "workers": engine.world_size,
+            }  # fmt: skip
             progress.history.append((after, metrics))
             log_metrics(metrics, after)
         if looks:
@@ -239,23 +260,26 @@ def _forward_and_back(
     asks: tuple[bool, bool],
     settings: LoopSettings,
     progress: Progress,
-) -> tuple[list[float], list[float]]:
-    """Gradients of a batch, ready for the step: its ``_split`` and ``asks``, both over all ranks.
+) -> tuple[list[float], list[float], float]:
+    """Gradients of a batch, ready for the step.
+
+    Returns its ``_split`` and ``asks``, both over all ranks, and this rank's FLOPs.
 
     Raises Derailed before the last backward pass if the loss must not be followed.
     """
     weight = engine.world_size * len(parts) / settings.batch_images  # backwards are averaged
-    split = torch.zeros(2 * NUM_BANDS, device=engine.device)
+    split, flops = torch.zeros(2 * NUM_BANDS, device=engine.device), 0.0
     for k, (batch, draws) in enumerate(parts, start=1):
         losses = task.loss(engine.module, batch, draws)
         split += _split(losses)
+        flops += losses.flops
         if k == len(parts):
             found = engine.sum(torch.cat([split, split.new_tensor(asks)]))
             _check(sum(found[:NUM_BANDS]) / settings.batch_images, progress, settings)
         engine.backward(losses.values.sum() * weight)
         if k < len(parts):
             engine.step()
-    return found[: 2 * NUM_BANDS], found[2 * NUM_BANDS :]
+    return found[: 2 * NUM_BANDS], found[2 * NUM_BANDS :], flops
 
 
 def _check(loss: float, progress: Progress, settings: LoopSettings) -> None:
