@@ -92,6 +92,25 @@ def run(
 
 
 @cli.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="A stage of the recipe.")],
+    recipe: RecipeArgument = "digits",
+    root: RootOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Train one stage on the newest version of the stage before it, or what start_from names."""
+    from pixart_cluster import demo as whole
+    from pixart_cluster.console import ConsoleMonitor
+    from pixart_cluster.recipe import read_recipe
+
+    settings = read_recipe(recipe, set_ or ())
+    monitor = ConsoleMonitor()
+    version = whole.train(settings, stage, _root_of(root, settings.name), monitor).version
+    parent = version.tags["parent_version"]
+    monitor.console.print(f"{version.name} version {version.number}, from {parent or 'scratch'}")
+
+
+@cli.command()
 def plan(
     recipe: RecipeArgument = "digits",
     gpu: Annotated[

@@ -12,7 +12,7 @@ from pixart_cluster.console import ConsoleMonitor
 from pixart_cluster.local import local_ray
 from pixart_cluster.recipe import FullRecipe
 from pixart_jobs import report
-from pixart_jobs.pipeline import Pipeline, Result, Workspace
+from pixart_jobs.pipeline import Pipeline, Result, StageResult, Workspace
 from pixart_platform.storage import write_atomic
 
 _FALLBACK_PROMPT = "a picture"
@@ -24,6 +24,12 @@ def run(recipe: FullRecipe, root: Path, monitor: ConsoleMonitor) -> Result:
         result = Pipeline(recipe, Workspace.under(root, scratch), monitor).run()
     report.write(root, result, image=None, baseline=None, next_steps=next_steps(root, recipe))
     return result
+
+
+def train(recipe: FullRecipe, stage: str, root: Path, monitor: ConsoleMonitor) -> StageResult:
+    """``pixart train``: the tables, and one stage on top of the registry."""
+    with local_ray(root / "logs") as scratch:
+        return Pipeline(recipe, Workspace.under(root, scratch), monitor).train(stage)
 
 
 def demo(

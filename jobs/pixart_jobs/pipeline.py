@@ -7,7 +7,7 @@ their order. Each job is a child run of the pipeline's run in MLflow and is char
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -20,7 +20,7 @@ from pixart_jobs.recipe import Recipe
 from pixart_jobs.sources import open_source
 from pixart_jobs.stage import StageInputs, StagePlan
 from pixart_platform.accounting import Cost, measure
-from pixart_platform.errors import PixartError
+from pixart_platform.errors import PixartError, RecipeError
 from pixart_platform.manifest import current_commit
 from pixart_platform.partitions import Progress
 from pixart_platform.recipe import digest_of
@@ -98,7 +98,7 @@ class Workspace:
 
 
 class Pipeline:
-    """Runs a recipe's jobs in one workspace: ``run`` all of them, ``make_tables`` the first."""
+    """Runs a recipe's jobs in one workspace: ``run`` all of them, ``train`` one stage."""
 
     def __init__(self, recipe: Recipe, space: Workspace, monitor: Monitor) -> None:
         self._recipe, self._space, self._monitor = recipe, space, monitor
@@ -110,17 +110,32 @@ class Pipeline:
 
     def run(self, *, promote_result: bool = True) -> Result:
         """The whole way. Raises PixartError or ModelInputError for what a user can mend."""
+        with self._recorded():
+            result = self._run_jobs(promote_result)
+            self._run.log_metrics(result.cost.as_metrics(), 0)
+        return result
+
+    def train(self, name: str) -> StageResult:
+        """Tables, then stage ``name`` alone: its previous one is the registry's newest good."""
+        if name not in self._recipe.stages:
+            known = ", ".join(self._recipe.stages)
+            raise RecipeError(f"stage {name!r} is not in the recipe; it has {known}")
+        with self._recorded():
+            (result,) = self._train_stages(self.make_tables(), [name])
+        return result
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """The pipeline's run in MLflow, with how it ended."""
         params = self._recipe.model_dump(mode="json", exclude={"accounting", "plan"})
         self._run = self._start_run("pipeline", self._identity, None, params)
         self._run.set_tags({"git_commit": current_commit(), "workspace": str(self._space.root)})
         try:
-            result = self._run_jobs(promote_result)
+            yield
         except BaseException:
             self._run.finish("FAILED")
             raise
-        self._run.log_metrics(result.cost.as_metrics(), 0)
         self._run.finish()
-        return result
 
     def _run_jobs(self, promote_result: bool) -> Result:
         tables = self.make_tables()
@@ -134,7 +149,7 @@ class Pipeline:
             f"nouns a caption: {density['raw_nouns_per_caption']:.1f} raw, "
             f"{density['dense_nouns_per_caption']:.1f} dense"
         )
-        stages = self._train_stages(tables)
+        stages = self._train_stages(tables, self._recipe.stages)
         evaluation = None
         if self._recipe.data.source == "digits":
             evaluation = self._evaluate(stages[-1])
@@ -164,15 +179,19 @@ class Pipeline:
         )  # fmt: skip
         self._require_rows(images, tables["selection"], images)
         tables["captions"] = self._make(
-            "caption", caption.plan(recipe, root, tables), lambda w: caption.run(recipe, tables, w)
-        )
+            "caption", caption.plan(recipe, root, tables), lambda w: caption.run(recipe, tables, w),
+            recipe.caption.num_workers * recipe.caption.num_gpus,
+        )  # fmt: skip
         self._require_rows(images, tables["captions"], tables["selection"])
         text, latents = encode.plan(recipe, root, tables)
         writers = [text, *latents.values()]
         self._keys.update(writer.folder.name for writer in writers)
         if not all(writer.is_committed for writer in writers):
             adopted = min(writer.adopt() for writer in writers)
-            with self._job("encode", text.folder.name, text.num_partitions) as job:
+            num_gpus = recipe.encode.num_workers * recipe.encode.num_gpus
+            with self._job(
+                "encode", text.folder.name, text.num_partitions, num_gpus=num_gpus
+            ) as job:
                 self._consume(job, adopted, encode.run(recipe, tables, text, latents))
                 encode.commit(recipe, text, latents)
         made = {f"latents-{side}": Table.open(writer.folder) for side, writer in latents.items()}
@@ -181,13 +200,16 @@ class Pipeline:
         return tables | {"text": Table.open(text.folder)} | made
 
     def _make(
-        self, name: str, writer: TableWriter, run: Callable[[TableWriter], Progress]
-    ) -> Table:
+        self, name: str, writer: TableWriter, run: Callable[[TableWriter], Progress],
+        num_gpus: float = 0,
+    ) -> Table:  # fmt: skip
         """One table: found finished, or made from where it was left."""
         self._keys.add(writer.folder.name)
         if not writer.is_committed:
             adopted = writer.adopt()
-            with self._job(name, writer.folder.name, writer.num_partitions) as job:
+            with self._job(
+                name, writer.folder.name, writer.num_partitions, num_gpus=num_gpus
+            ) as job:
                 self._consume(job, adopted, run(writer))
                 writer.commit()
         return Table.open(writer.folder)
@@ -213,10 +235,12 @@ class Pipeline:
         for done, _ in enumerate(progress, start=adopted + 1):
             job.reach(done)
 
-    def _train_stages(self, tables: dict[str, Table]) -> list[StageResult]:
+    def _train_stages(self, tables: dict[str, Table], names: Collection[str]) -> list[StageResult]:
         results: list[StageResult] = []
         for number, (name, settings) in enumerate(self._recipe.stages.items(), start=1):
-            parent = self._find_parent(settings.start_from, results)
+            if name not in names:
+                continue
+            parent = self._find_parent(settings.start_from, number, results)
             latents = tables[f"latents-{settings.resolution}"]
             inputs = StageInputs(
                 tables["images"], tables["text"], latents, parent.folder if parent else None
@@ -240,12 +264,15 @@ class Pipeline:
             results.append(StageResult(plan, version, tracker.history("loss")))
         return results
 
-    def _find_parent(self, start_from: str, results: list[StageResult]) -> Version | None:
+    def _find_parent(
+        self, start_from: str, number: int, results: list[StageResult]
+    ) -> Version | None:
         if start_from == "scratch":
             return None
-        if start_from == "previous":
+        if start_from == "previous" and results:
             return results[-1].version
-        reference = start_from.removeprefix("registry:")
+        earlier = f"stage{number - 1}"
+        reference = earlier if start_from == "previous" else start_from.removeprefix("registry:")
         version = self._registry.get(reference)
         version.verify()
         return version
