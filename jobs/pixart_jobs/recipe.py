@@ -232,6 +232,9 @@ class TrainSettings(Section):
     micro_batch_images: Count | None = Field(None, ge=1)
     """Most images a worker takes at a time; a larger share of a batch is accumulated, exactly."""
     use_gpu: bool = False
+    compile: bool = False
+    """Compile the network by torch's inductor, at start for every shape of picture; needs a C++
+    compiler on CPUs, and not ZeRO 3."""
     recompute_blocks: bool = False
     """Keep each block's input alone and run it again in backward: about a third more time for a
     fraction of the memory, the same weights (Chen et al. 2016, arXiv 1604.06174)."""
@@ -268,6 +271,11 @@ class TrainSettings(Section):
             raise ValueError(
                 f"min_workers = {self.min_workers}: must not be above num_workers = "
                 f"{self.num_workers}"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile = true with zero_stage = 3: its gathering of weights breaks the graph at "
+                "every layer; write 2, or leave compile off"
             )
         if self.use_gpu and self.zero_stage == 0:
             raise ValueError(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.collective
@@ -21,6 +22,7 @@ import torch
 from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import ScalingConfig  # ray.train's own has the types of V1
+from torch import nn
 
 from pixart_jobs.stage import (
     StagePlan,
@@ -31,17 +33,19 @@ from pixart_jobs.stage import (
     publish_snapshot,
     start_network,
 )
+from pixart_jobs.stage_task import LatentTask
 from pixart_jobs.watch import watch
 from pixart_models.config import ModelInputError
 from pixart_models.ema import ema_decay
 from pixart_models.snapshot import build_network
 from pixart_platform import train_loop
 from pixart_platform.accounting import recognise
+from pixart_platform.batches import RowIndex
 from pixart_platform.checkpoint import Progress, Saver, State, StateStore
 from pixart_platform.engine import WEIGHT, Engine, choose_accelerator
 from pixart_platform.errors import PixartError, TrainingError
 from pixart_platform.order import Order
-from pixart_platform.seeds import derive_seed
+from pixart_platform.seeds import SampleDraws, derive_seed
 from pixart_platform.storage import FileAbsent, Folder
 from pixart_platform.tracking import Outbox, Tracker
 from pixart_platform.train_loop import Derailed, LoopSettings, Skip
@@ -181,9 +185,12 @@ def _train_stage(stage: StagePlan, place: tuple[str, str], weights: ray.ObjectRe
         how = "resuming at %d images, the newest complete state" if newest else "beginning at %d"
         _log.warning(f"%s: {how}, %d workers", stage.name, progress.images_seen, world_size)
     outbox = Outbox(*place, progress.history) if lead else None
-    index = build_index(stage)
+    index, task = build_index(stage), make_task(stage, device)
+    if train.compile:
+        network.compile()
+        _warm_up(network, task, index, settings.batch_images // world_size // loop.accumulate)
     train_loop.train(
-        task=make_task(stage, device),
+        task=task,
         engine=engine,
         optimizer=settings.optimizer,
         settings=loop,
@@ -201,6 +208,18 @@ def _train_stage(stage: StagePlan, place: tuple[str, str], weights: ray.ObjectRe
     )  # fmt: skip
     if outbox:
         outbox.close()
+
+
+def _warm_up(network: nn.Module, task: LatentTask, index: RowIndex, images: int) -> None:
+    """Compile forward and backward for every bucket, before the first step is timed or awaited.
+
+    Gradients are asked for by name, past the hooks with which DeepSpeed collects them.
+    """
+    for bucket, counts in index.counts.items():
+        samples = np.arange(min(images, sum(counts)))
+        draws = SampleDraws(0, samples.tolist())
+        losses = task.loss(network, task.decode(index.fetch(bucket, samples), draws), draws)
+        torch.autograd.grad(losses.values.sum(), list(network.parameters()), allow_unused=True)
 
 
 def _agree_on_start(states: StateStore, lead: bool) -> tuple[State | None, str]:
