@@ -1,12 +1,18 @@
 """The pipeline's recipe: what ships can be read, and what cannot work is refused before it runs."""
 
+import numpy as np
 import pytest
+from builders import repeatable
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pixart_cluster.recipe import FullRecipe, read_recipe
 from pixart_jobs.recipe import RECIPES
+from pixart_jobs.train_settings import TrainSettings
 from pixart_models.config import ModelInputError
 from pixart_models.token_drop import TokenDrop
 from pixart_platform.errors import RecipeError
+from pixart_platform.order import slice_of_rank
 
 
 def refuse(*overrides: str) -> str:
@@ -40,8 +46,16 @@ def test_an_unknown_name_says_what_is_built_in() -> None:
     [
         (["stages.align.resolution=64"],
          "stages.align.resolution = 64 is not among encode.resolutions [32, 40]; add it there"),
-        (["train.num_workers=3"],
-         "batch_images = 64 does not divide among train.num_workers = 3"),
+        (["stages.align.batch_images=1"],
+         "stages.align.batch_images = 1: is less than an image for each of train.num_workers = 2"),
+        (["train.min_workers=3"],
+         "train: min_workers = 3: must not be above num_workers = 2"),
+        (["train.min_workers=0"], "train.min_workers = 0: "),
+        (["train={use_gpu: true, zero_stage: 0}"],
+         "train: zero_stage = 0 with use_gpu: training in bf16 needs fp32 masters"),
+        (["train.micro_batch_images=0"], "train.micro_batch_images = 0: "),
+        (["train.spike_sigmas=1"], "train.spike_sigmas = 1: "),
+        (["train.keep_states=0"], "train.keep_states = 0: "),
         (["stages.pixels.start_from=previous"],
          "stages.pixels.start_from = 'previous': the first stage has no previous one"),
         (["stages.align.images=63"],
@@ -54,7 +68,7 @@ def test_an_unknown_name_says_what_is_built_in() -> None:
         (["stages={}"], "stages = {}: "),
         (["stages.Big Stage.images=5"], "stages.Big Stage"),
         (["name=My Model"], "name = 'My Model': "),
-        (["train.zero_stage=3"], "train.zero_stage = 3: "),
+        (["train.zero_stage=4"], "train.zero_stage = 4: "),
         (["seed=-1"], "seed = -1: "),
         (["draw.guidance=0.5"], "draw.guidance = 0.5: "),
         (["stages.align.condition_drop=1"], "stages.align.condition_drop = 1: "),
@@ -108,6 +122,45 @@ def test_switches_reach_the_network_and_the_token_drop() -> None:
         expected = TokenDrop("route", 0.5, 2, 3, 6) if name == "align" else None
         assert recipe.token_drop_of(stage) == expected
     assert FullRecipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("batch_images", "num_workers", "micro_batch", "expected"),
+    [
+        (64, 2, None, 1), (64, 2, 32, 1), (64, 2, 33, 1), (64, 2, 31, 2), (64, 2, 8, 4),
+        (10, 4, 2, 2), (64, 1, 8, 8), (7, 7, 1, 1),
+    ],
+)  # fmt: skip
+def test_a_share_of_a_batch_is_cut_into_as_few_parts_as_fit(
+    batch_images: int, num_workers: int, micro_batch: int | None, expected: int
+) -> None:
+    train = TrainSettings(micro_batch_images=micro_batch)
+    assert train.accumulate_of(batch_images, num_workers) == expected
+
+
+@repeatable
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 64))
+def test_no_part_of_a_share_is_larger_than_a_micro_batch_or_empty(
+    batch_images: int, num_workers: int, micro_batch: int
+) -> None:
+    assume(batch_images >= num_workers)
+    assume(micro_batch > 1 or batch_images % num_workers == 0)
+    parts = TrainSettings(micro_batch_images=micro_batch).accumulate_of(batch_images, num_workers)
+    batch = np.arange(batch_images)
+    shares = [batch[slice_of_rank(batch, rank, num_workers)] for rank in range(num_workers)]
+    sizes = {
+        len(share[slice_of_rank(share, part, parts)]) for share in shares for part in range(parts)
+    }
+    assert max(sizes) <= micro_batch
+    assert min(sizes) > 0
+
+
+@pytest.mark.parametrize("least", [1, 2, None])
+def test_fewer_workers_may_be_allowed_and_weights_may_be_sharded_on_cpus(least: int | None) -> None:
+    train = TrainSettings(num_workers=2, min_workers=least, zero_stage=3)
+    assert train.min_workers == least
+    for zero_stage in (1, 2, 3):
+        assert TrainSettings(zero_stage=zero_stage, use_gpu=True).zero_stage == zero_stage
 
 
 def test_the_captioner_follows_the_source_unless_named() -> None:

@@ -14,7 +14,8 @@ from functools import lru_cache
 from itertools import combinations, product
 from typing import Any, TypeVar, get_args
 
-from pixart_jobs.recipe import Recipe, StageSettings, TrainSettings
+from pixart_jobs.recipe import Recipe
+from pixart_jobs.train_settings import StageSettings, TrainSettings
 from pixart_models.config import NetworkConfig
 from pixart_models.encoder_flops import size_autoencoder, size_text_encoder
 from pixart_models.forecast import LIBRARIES, StepMemory, step_flops, step_memory

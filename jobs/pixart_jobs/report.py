@@ -54,6 +54,7 @@ def write(
         _curves(result),
         _previews(result),
         _evaluation(result, baseline),
+        _cost(result),
         _rejects(result),
         f"<h2>Next</h2><pre>{html.escape(next_steps)}</pre>",
         "<p class=small>Energy and CO2 are codecarbon's estimate from the processor's rated power."
@@ -66,6 +67,23 @@ def write(
     )
     write_atomic(folder / "report.html", page.encode())
     return summary
+
+
+def _cost(result: Result) -> str:
+    """What all jobs of the pipeline took, beside what the paper's training did."""
+    cost, images = result.cost, sum(stage.plan.num_images for stage in result.stages)
+    took = f"{cost.gpu_hours:,.1f} GPU-hours" if cost.gpu_hours else "no GPU"
+    ours = [f"{images:,}", f"{cost.seconds / 3600:,.2f} h, {took}", f"${cost.usd:,.2f}",
+            f"{cost.kwh:,.4g} kWh", f"{cost.co2_kg:,.4g} kg"]  # fmt: skip
+    paper = ["3,300,000,000", "753 A100-days", "$28,400", "not told", "not told"]
+    head = ["", "images trained on", "time", "price", "energy", "CO2"]
+    rows = ([f"<b>{html.escape(result.recipe.name)}</b>", *ours],
+            ["PixArt-alpha, training alone", *paper])  # fmt: skip
+    return (
+        f"<h2>Cost</h2><table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"
+        + "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+        + "</table>"
+    )
 
 
 def _embed(data: bytes, width: int, alt: str) -> str:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pixart_jobs.encode import unpack_features
-from pixart_jobs.recipe import Recipe, StageSettings
+from pixart_jobs.recipe import Recipe
 from pixart_jobs.stage_task import LatentTask
+from pixart_jobs.train_settings import StageSettings
 from pixart_models.config import ModelInputError, NetworkConfig
 from pixart_models.dit import DiT
 from pixart_models.pixart import PixArt
