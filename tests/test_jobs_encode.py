@@ -103,7 +103,7 @@ REJECTED, UNCAPTIONED = 1, 4
 def encode(settings: EncodeSettings, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the job makes of these rows, with patches of 2."""
     shapes = choose_shapes(settings, 2)
-    prepared = prepare_rows(rows, shapes, refuse_extreme=settings.aspect_buckets)
+    prepared = prepare_rows(rows, shapes, refuse_extreme=bool(settings.bucketed))
     found: list[dict[str, Any]] = _Encode(settings, tuple(shapes), text=True)(prepared).to_pylist()
     return found
 
@@ -275,6 +275,14 @@ def test_a_resolution_off_the_grid_is_refused_before_anything_is_encoded() -> No
     settings = EncodeSettings(resolutions=(36,), aspect_buckets=True)
     with pytest.raises(ModelInputError, match=r"36 px.*multiple of 8 "):
         choose_shapes(settings, patch=2)
+
+
+def test_buckets_at_some_resolutions_leave_the_others_square() -> None:
+    shapes = choose_shapes(EncodeSettings(resolutions=(32, 40), aspect_buckets=(40,)), patch=2)
+    assert shapes[32] == (Size(32, 32),)
+    assert len(shapes[40]) > 1
+    with pytest.raises(ValueError, match=r"aspect_buckets = \[64\]: must be among resolutions"):
+        EncodeSettings(resolutions=(32, 40), aspect_buckets=(64,))
 
 
 def recipe_with(settings: EncodeSettings) -> Recipe:

@@ -46,7 +46,6 @@ def plan(
     settings = recipe.encode
     # An option that is off leaves no trace, so tables made before it existed are still found.
     precision = {"text_encoder_8bit": True} if settings.text_encoder_8bit else {}
-    shapes = {"aspect_buckets": True, "patch": _patch(recipe)} if settings.aspect_buckets else {}
     text = TableWriter.under(
         root, "text", "text/2",
         {
@@ -61,7 +60,7 @@ def plan(
             {
                 "autoencoder": settings.autoencoder, "resolution": resolution,
                 "revision": model_revision(AUTOENCODER, settings.autoencoder),
-            } | shapes,
+            } | _describe_shapes(recipe, resolution),
             {kind: tables[kind] for kind in ("images", "selection")},
         )
         for resolution in settings.resolutions
@@ -89,7 +88,7 @@ def run(
         mine = {side: latents[side] for side in sides}
         yield from run_partitions(
             read=_Read(
-                places, {side: shapes[side] for side in sides}, recipe.encode.aspect_buckets
+                places, {side: shapes[side] for side in sides}, bool(recipe.encode.bucketed)
             ),
             transform=_Encode,
             transform_kwargs={
@@ -119,15 +118,23 @@ def _patch(recipe: Recipe) -> int:
     return PRESETS[recipe.train.network].patch
 
 
+def _describe_shapes(recipe: Recipe, resolution: int) -> dict[str, Any]:
+    """What tells a latent table's shapes. Where any has buckets, all lack the longest pictures."""
+    if resolution in recipe.encode.bucketed:
+        return {"aspect_buckets": True, "patch": _patch(recipe)}
+    return {"longest_rejected": True} if recipe.encode.bucketed else {}
+
+
 def choose_shapes(settings: EncodeSettings, patch: int) -> dict[int, tuple[Size, ...]]:
     """The shapes of each resolution's pictures: buckets the network's patches divide, or a square.
 
     Raises ModelInputError for a resolution they do not divide.
     """
-    if not settings.aspect_buckets:
-        return {side: (Size(side, side),) for side in settings.resolutions}
-    multiple = load_autoencoder(settings.autoencoder).factor * patch
-    return {side: buckets(side, multiple) for side in settings.resolutions}
+    shapes: dict[int, tuple[Size, ...]] = {s: (Size(s, s),) for s in settings.resolutions}
+    if settings.bucketed:
+        multiple = load_autoencoder(settings.autoencoder).factor * patch
+        shapes |= {side: buckets(side, multiple) for side in settings.bucketed}
+    return shapes
 
 
 def describe_text_encoder(settings: EncodeSettings) -> dict[str, Any]:

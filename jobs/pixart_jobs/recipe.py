@@ -135,9 +135,10 @@ class EncodeSettings(Section):
     max_tokens: int = Field(48, ge=1, le=1024)
     resolutions: tuple[int, ...] = Field((32, 48), min_length=1)
     """Picture sides in pixels; one latent table each."""
-    aspect_buckets: bool = False
+    aspect_buckets: bool | tuple[int, ...] = False
     """Crop each picture to the nearest of ~40 shapes from 1:4 to 4:1 with about the area of the
-    resolution's square, and reject longer ones; otherwise to the square."""
+    resolution's square, and reject longer ones; otherwise to the square. A list of resolutions has
+    buckets at these alone."""
     batch_images: int = Field(128, ge=1, le=4096)
     num_readers: int = Field(2, ge=1, le=4096)
     """CPU tasks that read, decode and crop pictures for the encoders."""
@@ -145,8 +146,20 @@ class EncodeSettings(Section):
     num_gpus: float = Field(0, ge=0, le=8)
     """GPUs of each worker."""
 
+    @property
+    def bucketed(self) -> tuple[int, ...]:
+        """Resolutions with aspect buckets."""
+        if isinstance(self.aspect_buckets, bool):
+            return self.resolutions if self.aspect_buckets else ()
+        return self.aspect_buckets
+
     @model_validator(mode="after")
     def _no_idle_option(self) -> "EncodeSettings":
+        if not set(self.bucketed) <= set(self.resolutions):
+            raise ValueError(
+                f"aspect_buckets = {list(self.bucketed)}: must be among resolutions = "
+                f"{list(self.resolutions)}"
+            )
         if self.text_encoder_8bit and self.text_encoder.startswith("builtin:"):
             raise ValueError(
                 f"text_encoder_8bit = true has no effect on {self.text_encoder}; leave it off"
@@ -246,6 +259,8 @@ class Recipe(Section):
                     f"{place}.images = {stage.images} is less than one batch "
                     f"({stage.batch_images}); no step would be taken"
                 )
+            if stage.size_condition and stage.condition_on == "class":
+                raise ValueError(f"{place}.size_condition: only stages on text are told sizes")
             try:
                 self.token_drop_of(stage)
             except ModelInputError as error:
@@ -283,6 +298,7 @@ class Recipe(Section):
             predict_variance=get_objective(self.train.objective).predicts_variance,
             sample_size=stage.resolution // factor,
             position_scale=stage.position_scale,
+            size_condition=PRESETS[self.train.network].size_condition or bool(stage.size_condition),
             text_width=text_width,
             max_tokens=self.encode.max_tokens,
             qk_norm=self.train.qk_norm,

@@ -56,6 +56,9 @@ class StageSettings(Section):
     """Share of samples whose caption or class is dropped, for guidance."""
     position_scale: float = Field(1.0, gt=0, le=1000)
     """Squeezes positions, to start a finer grid from a coarser one."""
+    size_condition: bool | None = None
+    """Tell the network each picture's original size and the crop's aspect, as PixArt-alpha does at
+    1024 px; left out, as the preset has it."""
     where: Annotated[str, AfterValidator(check_condition)] = ""
     """Curated subset, on columns of the image table: ``quality >= 0.6 and label >= 0``."""
     token_drop: TokenDropSettings | None = None
