@@ -100,7 +100,8 @@ def test_the_summary_is_flat_and_survives_json(tmp_path: Path, result: Result) -
     assert summary == {
         "captioner_accuracy": 0.96, "digit_accuracy": 0.5, "color_accuracy": 0.875,
         "reader_accuracy": 0.99, "seconds": 100.0, "kwh": 0.01, "co2_kg": 0.004, "usd": 1.5,
-        "model": "digits", "model_version": 7, "image": None, "rejected_images": 1,
+        "gpu_hours": 0.0, "model": "digits", "model_version": 7, "image": None,
+        "rejected_images": 1,
     }  # fmt: skip
 
 

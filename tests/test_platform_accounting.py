@@ -11,6 +11,7 @@ from pixart_platform.accounting import (
     Cost,
     carbon_intensity,
     measure,
+    recognise,
 )
 from pixart_platform.errors import RecipeError
 
@@ -36,9 +37,30 @@ def test_a_measured_block_is_charged_even_when_it_fails() -> None:
 
 
 def test_costs_become_metrics_by_name() -> None:
-    assert Cost(1.0, 2.0, 3.0, 4.0).as_metrics() == {
+    assert Cost(1.0, 2.0, 3.0, 4.0, 5.0).as_metrics() == {
         "cost_seconds": 1.0, "cost_kwh": 2.0, "cost_co2_kg": 3.0, "cost_usd": 4.0,
+        "cost_gpu_hours": 5.0,
     }  # fmt: skip
+
+
+def test_work_on_gpus_is_charged_by_the_table_for_the_time_it_took() -> None:
+    settings = AccountingSettings(country="FRA", usd_per_hour=1000, accelerator="h100-80g")
+    with measure(settings, num_gpus=16) as cost:
+        time.sleep(0.1)
+    assert cost == settings.charge(ACCELERATORS["h100-80g"], cost.seconds, 16)
+    assert cost.gpu_hours == pytest.approx(16 * cost.seconds / 3600)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"), ("NVIDIA A100-PCIE-40GB", "a100-40g"),
+        ("NVIDIA H100 80GB HBM3", "h100-80g"), ("NVIDIA H200", "h200"), ("NVIDIA A10G", "a10g"),
+        ("NVIDIA L4", "l4"), ("NVIDIA L40S", ""), ("NVIDIA A10", ""), ("Tesla V100-SXM2-32GB", ""),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_recognised_by_the_name_cuda_gives_it(device: str, name: str) -> None:
+    assert recognise(device) == ACCELERATORS.get(name)
 
 
 @pytest.mark.parametrize("country", ["us", "usa", "GERMANY", ""])

@@ -71,20 +71,15 @@ def test_a_restart_at_any_batch_goes_on_as_if_there_was_none(order: Order, n: in
 
 
 @repeatable
-@given(bucket_counts, st.integers(1, 3), st.integers(0, 1000), st.integers(0, 30))
+@given(bucket_counts, st.integers(1, 40), st.integers(0, 1000), st.integers(0, 30))
 def test_any_number_of_workers_draws_the_same_global_batches(
-    counts: dict[Bucket, list[int]], factor: int, seed: int, n: int
+    counts: dict[Bucket, list[int]], batch: int, seed: int, n: int
 ) -> None:
-    _, samples = Order.over(counts, batch_images=24 * factor, seed=seed).batch(n)
-    for world_size in (1, 2, 3, 4, 8):
+    _, samples = Order.over(counts, batch_images=batch, seed=seed).batch(n)
+    for world_size in (1, 2, 3, 4, 7, 8, 50):
         parts = [samples[slice_of_rank(samples, rank, world_size)] for rank in range(world_size)]
-        assert {len(part) for part in parts} == {24 * factor // world_size}
+        assert {len(part) for part in parts} <= {batch // world_size, -(-batch // world_size)}
         np.testing.assert_array_equal(np.concatenate(parts), samples)
-
-
-def test_a_batch_that_does_not_divide_says_what_to_use() -> None:
-    with pytest.raises(TrainingError, match=r"batch_images = 10 .* 4 workers; use a multiple of 4"):
-        slice_of_rank(np.arange(10), 0, 4)
 
 
 @repeatable

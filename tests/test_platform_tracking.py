@@ -1,18 +1,25 @@
 """Runs and the registry, on one real MLflow store."""
 
 import os
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from builders import write_table
 from mlflow import MlflowClient
+from processes import wait_for
 
-from pixart_platform.errors import PixartError, RegistryError
+from pixart_platform.errors import PixartError, RegistryError, TrackingError
 from pixart_platform.manifest import FileRecord, Manifest
 from pixart_platform.registry import Registry
-from pixart_platform.tracking import Tracker, hide_password, sqlite_uri
+from pixart_platform.tracking import Outbox, Point, Tracker, hide_password, sqlite_uri
+
+if TYPE_CHECKING:
+    from mlflow_server import MlflowServer, Mood
 
 
 @dataclass(frozen=True)
@@ -219,3 +226,117 @@ def test_a_password_in_a_store_address_is_never_shown() -> None:
     shown = hide_password("postgresql://ada:s3cret@db:5432/mlflow")
     assert shown == "postgresql://ada:***@db:5432/mlflow"
     assert hide_password("sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[MlflowServer]":
+    from mlflow_server import MlflowServer  # takes seconds to import
+
+    with MlflowServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(_server: "MlflowServer", monkeypatch: pytest.MonkeyPatch) -> "Iterator[MlflowServer]":
+    """A server that is up; its clients leave trying again to us."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    _server.calls.clear()
+    yield _server
+    _server.mood = "up"
+
+
+def start_run(server: "MlflowServer", name: str) -> Tracker:
+    return Tracker.start(server.uri, "outbox", name, name, artifacts=Path("unused").absolute())
+
+
+def point(images_seen: int) -> Point:
+    return images_seen, {"loss": 1000.0 / images_seen, "gradient_norm": 2.0 * images_seen}
+
+
+def logged(tracker: Tracker, metric: str = "loss") -> list[tuple[int, float]]:
+    """Everything that was logged, in the order in which it was, what came twice too."""
+    found = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, metric)
+    return [(m.step, m.value) for m in sorted(found, key=lambda m: m.timestamp)]
+
+
+def expected(*places: int) -> list[tuple[int, float]]:
+    return [(n, 1000.0 / n) for n in places]
+
+
+@pytest.mark.parametrize("mood", ["up", "away", "lost answer", "page"])
+def test_every_point_is_logged_once_and_in_order_whatever_became_of_the_server(
+    server: "MlflowServer", mood: "Mood"
+) -> None:
+    tracker = start_run(server, f"bad days: {mood}")
+    outbox = Outbox(server.uri, tracker.run_id, [])
+    for images_seen in (7, 14, 21):
+        if images_seen == 14:
+            wait_for(lambda: len(logged(tracker)) == 1, "the first point")
+            server.mood = mood
+            server.calls.clear()
+        outbox.log_metrics(point(images_seen)[1], images_seen)
+    wait_for(lambda: server.calls[mood] > 1, "calls")
+    server.mood = "up"
+    outbox.log_metrics(point(28)[1], 28)
+    outbox.close(60)
+    assert logged(tracker) == expected(7, 14, 21, 28)
+    assert [value for _, value in logged(tracker, "gradient_norm")] == [14, 28, 42, 56]
+
+
+def test_a_resumed_curve_has_what_was_missing_and_no_point_twice(server: "MlflowServer") -> None:
+    """Two points were logged after the state that is resumed from, and will come again."""
+    tracker = start_run(server, "resumed")
+    for images_seen in (7, 14, 21, 28):
+        tracker.log_metrics(point(images_seen)[1], images_seen)
+    outbox = Outbox(server.uri, tracker.run_id, [point(7), point(14)])
+    for images_seen in (21, 28, 35):
+        outbox.log_metrics(point(images_seen)[1], images_seen)
+    outbox.close(60)
+    assert logged(tracker) == expected(7, 14, 21, 28, 35)
+
+
+def test_what_a_killed_attempt_could_not_send_comes_with_the_state(server: "MlflowServer") -> None:
+    tracker = start_run(server, "killed")
+    tracker.log_metrics(point(7)[1], 7)
+    outbox = Outbox(server.uri, tracker.run_id, [point(7), point(14), point(21)])
+    outbox.close(60)
+    assert logged(tracker) == expected(7, 14, 21)
+
+
+def test_closing_gives_up_on_a_server_that_stays_away(server: "MlflowServer") -> None:
+    tracker = start_run(server, "gone")
+    server.mood = "away"
+    outbox = Outbox(server.uri, tracker.run_id, [])
+    outbox.log_metrics(point(7)[1], 7)
+    wait_for(lambda: server.calls["away"] > 0, "a call")
+    outbox.close(0.1)
+    server.mood = "up"
+    outbox.close(60)  # it never stopped trying
+    assert logged(tracker) == expected(7)
+
+
+def test_a_server_that_is_not_there_is_named_in_one_line_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker(f"http://ada:s3cret@127.0.0.1:{free_port}", "run")
+    for call in (
+        lambda: tracker.log_metrics({"loss": 1.0}, 7),
+        lambda: tracker.history("loss"),
+        tracker.finish,
+    ):
+        with pytest.raises(TrackingError) as caught:
+            call()
+        message = str(caught.value)
+        assert message.startswith(f"MLflow at http://ada:***@127.0.0.1:{free_port}: ")
+        assert "Connection refused" in message
+        assert "s3cret" not in message
+        assert "\n" not in message
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

@@ -3,22 +3,18 @@
 import base64
 import io
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_serve_engine import LONG_PROMPT, eventually
+from test_serve_engine import eventually
 from test_serve_snapshots import Gate, build_drawer
 from torch import Tensor
 
@@ -45,13 +41,13 @@ class Service:
         return self.client.post(GENERATE, json=body)
 
 
-def build_service(live: bool = True) -> Service:
-    engine = DrawingEngine(max_rows=SETTINGS.max_rows, max_queued=SETTINGS.max_queued)
+def build_service(live: bool = True, settings: ServeSettings = SETTINGS) -> Service:
+    engine = DrawingEngine(max_rows=settings.max_rows, max_queued=settings.max_queued)
     drawer = build_drawer()
     if live:
         engine.activate(LoadedVersion(7, drawer))
     api = build_api(
-        EngineService(engine, "digits", "champion"), SETTINGS, default_steps=4, default_guidance=2.5
+        EngineService(engine, "digits", "champion"), settings, default_steps=4, default_guidance=2.5
     )
     return Service(drawer, engine, TestClient(api))
 
@@ -69,27 +65,6 @@ def shared() -> Iterator[Service]:
     made = build_service()
     yield made
     made.engine.close()
-
-
-@pytest.fixture
-def address(service: Service) -> Iterator[tuple[str, int]]:
-    """The same application on a loopback port, for clients that need a real socket."""
-    server = uvicorn.Server(
-        uvicorn.Config(service.client.app, host="127.0.0.1", port=0, log_level="error")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()
-    server.should_exit = True
-    thread.join(10)
-
-
-@pytest.fixture
-def client(address: tuple[str, int]) -> Iterator[openai.OpenAI]:
-    url = f"http://{address[0]}:{address[1]}/v1"
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as made:
-        yield made
 
 
 def decode(entry: Any) -> Image.Image:
@@ -125,6 +100,19 @@ def test_a_picture_is_the_one_its_seed_names(shared: Service) -> None:
         assert np.abs(np.asarray(decode(entry)).astype(int) - expected).max() <= 1
 
 
+def test_guidance_keeps_to_its_interval(shared: Service) -> None:
+    fields = {"seed": 5, "num_inference_steps": 4, "guidance_scale": 7.0}
+    drawn = {}
+    for interval in ((0.0, 1000.0), (300.0, 800.0)):
+        answer = shared.generate(**fields, guidance_interval=interval).json()
+        drawn[interval] = np.asarray(decode(answer["data"][0])).astype(int)
+        expected = shared.drawer.draw(
+            ["a red three"], [5], steps=4, guidance=7.0, guidance_interval=interval
+        )[0]
+        assert np.abs(drawn[interval] - expected).max() <= 1
+    assert np.abs(drawn[0.0, 1000.0] - drawn[300.0, 800.0]).max() > 1
+
+
 def test_pictures_say_what_drew_them(shared: Service) -> None:
     entry = shared.generate(seed=5).json()["data"][0]
     marks = decode(entry).text  # type: ignore[attr-defined]
@@ -158,7 +146,8 @@ def test_compression_makes_smaller_files(shared: Service) -> None:
     ("quality", "steps", "reported"),
     [
         ("low", 2, "low"), ("auto", 4, "medium"), ("medium", 4, "medium"), (None, 4, "medium"),
-        ("standard", 4, "medium"), ("high", 8, "high"), ("hd", 8, "high"),
+        ("standard", 4, "medium"), ("high", 8, "high"), ("hd", 8, "high"), ("xhigh", 12, "xhigh"),
+        ("max", 16, "max"),
     ],
 )  # fmt: skip
 def test_quality_decides_the_steps(
@@ -171,7 +160,8 @@ def test_quality_decides_the_steps(
 
 def test_null_means_unset(shared: Service) -> None:
     fields = ["model", "n", "size", "quality", "response_format", "output_format", "stream", "user",
-              "output_compression", "seed", "negative_prompt", "guidance_scale"]  # fmt: skip
+              "output_compression", "seed", "negative_prompt", "guidance_scale", "partial_images",
+              "guidance_interval", "max_wait_seconds"]  # fmt: skip
     assert shared.generate(**dict.fromkeys(fields)).status_code == 200
 
 
@@ -205,7 +195,15 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"output_compression": 101}, "output_compression", "less than or equal to 100"),
     ({"output_compression": 50}, "output_compression", "PNG is lossless"),
     ({"background": "transparent"}, "background", "'opaque'"),
-    ({"stream": True}, "stream", "streaming is not available"),
+    ({"stream": "yes"}, "stream", "valid boolean"),
+    ({"stream": True, "n": 2}, "n", "a stream is of one picture"),
+    ({"stream": True, "partial_images": 4}, "partial_images", "less than or equal to 3"),
+    ({"partial_images": 2}, "partial_images", "previews need stream = true"),
+    ({"guidance_interval": [0.7, 0.2]}, "guidance_interval", "low <= high"),
+    ({"guidance_interval": [0, 1001]}, "guidance_interval", "less than or equal to 1000"),
+    ({"guidance_interval": [-1, 5]}, "guidance_interval", "greater than or equal to 0"),
+    ({"guidance_interval": [1]}, "guidance_interval", "required"),
+    ({"max_wait_seconds": 0}, "max_wait_seconds", "greater than 0"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"seed": 2**63}, "seed", "less than or equal to"),
     ({"seed": 1.5}, "seed", "valid integer"),
@@ -242,7 +240,8 @@ _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max
 _VALUES = _SCALARS | st.lists(_SCALARS, max_size=3) | st.dictionaries(st.text(max_size=5), _SCALARS)
 _FIELDS = ["prompt", "model", "n", "size", "quality", "response_format", "output_format", "stream",
            "output_compression", "seed", "negative_prompt", "num_inference_steps",
-           "guidance_scale", "user", "background", "nonsense"]  # fmt: skip
+           "guidance_scale", "user", "background", "partial_images", "guidance_interval",
+           "max_wait_seconds", "nonsense"]  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -345,48 +344,3 @@ def test_request_ids_are_kept_or_made(shared: Service) -> None:
     for bad in ("x" * 129, "\x80"):
         made = shared.client.get("/v1/models", headers=[(b"x-request-id", bad.encode("latin-1"))])
         assert made.headers["x-request-id"].startswith("req_")
-
-
-def test_a_client_that_leaves_frees_its_rows(service: Service, address: tuple[str, int]) -> None:
-    gate = Gate(service.drawer.network)
-    body = json.dumps({"prompt": LONG_PROMPT, "num_inference_steps": 20, "n": 2}).encode()
-    with socket.create_connection(address) as connection:
-        head = f"POST {GENERATE} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        eventually(lambda: gate.num_arrived == 1)
-    time.sleep(0.2)  # for the server to notice
-    gate.allow()
-    request = DrawRequest("a red three", 1, steps=1, guidance=2.5, width=32, height=32)
-    service.engine.submit(request).result(timeout=10)
-    assert len(gate.batches) <= 3, "of the 20 steps it had asked for"
-    assert gate.batches[-1] == 2, "the new picture's rows alone"
-
-
-def test_the_official_client_draws(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["digits"]
-    answer = client.images.generate(
-        prompt="a red three", model="digits", n=2, size="48x32", quality="low",
-        output_format="webp", extra_body={"seed": 9, "guidance_scale": 2.0, "negative_prompt": "x"},
-    )  # fmt: skip
-    assert answer.usage
-    assert answer.usage.total_tokens > answer.usage.output_tokens == 2 * 6 * 4
-    entries = [entry.to_dict() for entry in answer.data or []]
-    assert [(entry["seed"], entry["model_version"]) for entry in entries] == [(9, 7), (10, 7)]
-    assert decode(entries[0]).size == (48, 32)
-    assert answer._request_id
-
-
-def test_the_official_client_understands_every_error(
-    client: openai.OpenAI, service: Service
-) -> None:
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.images.generate(prompt="a red three", size="33x33")
-    assert refused.value.param == "size"
-    with pytest.raises(openai.NotFoundError) as unknown:
-        client.images.generate(prompt="a red three", model="gpt-image-1")
-    assert unknown.value.code == "model_not_found"
-    service.engine.close()
-    with pytest.raises(openai.InternalServerError) as stopped:
-        client.images.generate(prompt="a red three")
-    assert stopped.value.status_code == 503
-    assert stopped.value.request_id

@@ -1,13 +1,16 @@
 """Following an alias in a real registry: what is good goes live, what is not never does."""
 
+import gc
 import shutil
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from test_serve_engine import ask, assert_drawn_as_alone, eventually
 from test_serve_snapshots import build_drawer, write_snapshot
 
@@ -17,7 +20,8 @@ from pixart_platform.errors import RegistryError
 from pixart_platform.registry import Registry, Version
 from pixart_platform.tracking import Tracker, sqlite_uri
 from pixart_serve.engine import DrawingEngine
-from pixart_serve.follower import Follower, VersionRefused
+from pixart_serve.follower import Follower
+from pixart_serve.versions import VersionRefused
 
 _NUMBERS = count()
 
@@ -160,6 +164,87 @@ def test_a_version_number_pins(family: Family) -> None:
     pinned.load_first()
     pinned.poll()
     assert family.live == 1
+
+
+def test_moving_the_alias_back_reads_no_file(family: Family) -> None:
+    first = build_drawer(seed=1)
+    versions = [family.register(first), family.register(build_drawer(seed=2))]
+    family.promote(versions[0])
+    family.follower.load_first()
+    family.promote(versions[1])
+    family.follower.poll()
+    for version in versions:
+        shutil.rmtree(version.folder)
+    for version in (versions[0], versions[1], versions[0]):
+        family.promote(version)
+        family.follower.poll()
+        assert family.live == version.number
+    assert_drawn_as_alone(family.engine.submit(ask()).result(timeout=10), first, ask())
+
+
+def test_old_versions_leave_memory(family: Family) -> None:
+    follower = Follower(family.registry, "champion", family.engine, max_versions=3)
+    family.promote(family.register(build_drawer(seed=1)))
+    follower.load_first()
+    loaded = follower.versions.get(1)
+    assert loaded
+    network = weakref.ref(loaded.drawer.network)
+    del loaded
+    for seed in (2, 3, 4):
+        family.promote(family.register(build_drawer(seed)))
+        follower.poll()
+    assert set(follower.versions.numbers) == {2, 3, 4}
+    gc.collect()
+    assert network() is None
+
+
+def test_a_challenger_is_loaded_beside_and_never_goes_live_by_itself(family: Family) -> None:
+    second = build_drawer(seed=2)
+    family.promote(family.register(build_drawer(seed=1)))
+    follower = Follower(
+        family.registry, "champion", family.engine, challenger="next", challenger_share=1.0
+    )
+    follower.load_first()
+    follower.poll()
+    assert follower.choose(5) is None, "nobody has set the alias"
+    family.registry.set_alias("next", family.register(second))
+    follower.poll()
+    chosen = follower.choose(5)
+    assert chosen
+    assert (family.live, chosen.number) == (1, 2)
+    [future] = family.engine.submit_all([ask()], chosen)
+    assert_drawn_as_alone(future.result(timeout=10), second, ask())
+    bad = family.register(build_drawer(seed=3))
+    flip_one_bit(bad.folder / WEIGHTS_FILE)
+    family.registry.set_alias("next", bad)
+    follower.poll()
+    assert (family.live, follower.choose(5), follower.refused) == (1, None, None)
+    family.registry.set_alias("next", family.registry.get("2"))
+    follower.poll()
+    assert follower.choose(5) is chosen
+    MlflowClient(family.tracker.uri).delete_registered_model_alias(family.registry.name, "next")
+    follower.poll()
+    assert follower.choose(5) is None
+
+
+def test_a_seed_decides_and_the_share_holds(family: Family) -> None:
+    family.promote(family.register(build_drawer(seed=1)))
+    family.registry.set_alias("next", family.register(build_drawer(seed=2)))
+    family.follower.load_first()
+
+    def drawn_by_challenger(share: float) -> set[int]:
+        follower = Follower(
+            family.registry, "champion", family.engine, challenger="next", challenger_share=share
+        )
+        follower.poll()
+        return {seed for seed in range(10_000) if follower.choose(seed)}
+
+    some, more = drawn_by_challenger(0.1), drawn_by_challenger(0.3)
+    assert len(some) == pytest.approx(1000, rel=0.1)
+    assert len(more) == pytest.approx(3000, rel=0.1)
+    assert some < more, "raising the share takes nobody back"
+    assert drawn_by_challenger(0.0) == set()
+    assert drawn_by_challenger(1.0) == set(range(10_000))
 
 
 def test_a_lost_registry_changes_nothing(family: Family, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,13 +16,15 @@ import hashlib
 import json
 import logging
 import math
+import operator
+import os
 import struct
 import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO
 
@@ -41,7 +43,7 @@ from pixart_platform.manifest import (
     load_manifest,
     verify_folder,
 )
-from pixart_platform.storage import Folder, delete_folder
+from pixart_platform.storage import FileAbsent, Folder, delete_folder
 
 _SCHEMA = "state/2"
 _BEST = "best.json"
@@ -74,16 +76,23 @@ class StateStore:
         return [n for n in self._list() if (self.folder / str(n)).find(MANIFEST_FILE)]
 
     def find_newest(self, least: int = 0) -> "State | None":
-        """The newest complete, undamaged state of ``least`` images or more; None without one."""
+        """The newest complete, undamaged state of ``least`` images or more; None without one.
+
+        Raises StorageError where the storage does not answer: that is not to have none.
+        """
         for images_seen in reversed([n for n in self._list() if n >= least]):
             place = self.folder / str(images_seen)
             try:
                 manifest = verify_folder(place)
             except ManifestError as error:
+                cause = error.__cause__
+                if isinstance(cause, StorageError) and not isinstance(cause, FileAbsent):
+                    raise cause from error
                 _log.warning("state %s is passed over: %s", place.uri, error)
                 continue
             if manifest.settings.get("digest") == self.settings_digest:
                 return State(place, manifest)
+            _log.warning("state %s is passed over: it is of other settings", place.uri)
         return None
 
     def open(self, images_seen: int) -> "State":
@@ -95,9 +104,13 @@ class StateStore:
         """Keep this state until another is better."""
         self.folder.write(_BEST, json.dumps(images_seen).encode())
 
-    def prune(self) -> None:
-        """Delete what need not be kept, and what killed saves left before the newest state."""
-        complete = self.complete()
+    def prune(self, newest: float = math.inf) -> None:
+        """Delete what need not be kept, and what killed saves left before the newest state.
+
+        States beyond ``newest``, which was just saved, count for nothing: they are damaged, or
+        training would have gone on from there.
+        """
+        complete = [n for n in self.complete() if n <= newest]
         if not complete:
             return
         kept = {*complete[-self.keep :]}
@@ -131,18 +144,20 @@ class State:
         """Fill the fragments' views with the values of their places. Raises StorageError."""
         wanted = list(fragments)
         with self._open() as pieces, torch.no_grad():
-            for kind in wanted[0].views:  # one after the other, as they lie in the files
+            for kind in (
+                wanted[0].views if wanted else ()
+            ):  # one after the other, as they lie in the files
                 for parameter, start, views in wanted:
-                    end = start + views[kind].numel()
-                    views[kind].copy_(self._values(pieces[kind, parameter], start, end))
+                    key, end = (kind, parameter), start + views[kind].numel()
+                    views[kind].copy_(self._values(key, pieces[key], start, end))
 
     def read(self, kind: str) -> dict[str, Tensor]:
         """All of one kind: whole parameters, flat (N,) fp32. Raises StorageError."""
         with self._open() as pieces:
             return {
-                parameter: self._values(found, 0, found[-1].end)
-                for (of, parameter), found in pieces.items()
-                if of == kind
+                key[1]: self._values(key, found, 0, min(found[-1].end, sum(map(len, found))))
+                for key, found in pieces.items()
+                if key[0] == kind
             }
 
     @contextmanager
@@ -152,16 +167,14 @@ class State:
         with ExitStack() as files:
             for name in self._files:
                 file = files.enter_context(self.folder.open(name))
-                for key, offset, length in _read_header(file, f"{self.folder.uri}/{name}"):
-                    kind, parameter, start = key.split("|")
-                    piece = _Piece(int(start), int(start) + length, offset, file)
-                    found[kind, parameter].append(piece)
+                for key, piece in _read_header(file, f"{self.folder.uri}/{name}"):
+                    found[key].append(piece)
             for pieces in found.values():
-                pieces.sort(key=lambda piece: piece.start)
+                pieces.sort(key=lambda piece: (piece.start, piece.end))
             yield found
 
-    def _values(self, pieces: "list[_Piece]", begin: int, end: int) -> Tensor:
-        """Values ``begin`` to ``end`` of one parameter."""
+    def _values(self, key: tuple[str, str], pieces: "list[_Piece]", begin: int, end: int) -> Tensor:
+        """Values ``begin`` to ``end`` of a kind of one parameter."""
         values, done = np.empty(end - begin, np.float32), begin
         first = bisect_right(pieces, begin, key=lambda piece: piece.start) - 1
         for piece in pieces[max(first, 0) :]:
@@ -171,7 +184,9 @@ class State:
             piece.read_into(values[done - begin : last - begin], done)
             done = last
         if done < end:
-            raise StorageError(f"{self.folder.uri}: lacks values from {done} to {end}")
+            raise StorageError(
+                f"{self.folder.uri}: lacks {' of '.join(key)}, values from {done} to {end}"
+            )
         return torch.from_numpy(values)
 
 
@@ -184,6 +199,9 @@ class _Piece:
     offset: int
     file: IO[bytes]
 
+    def __len__(self) -> int:
+        return self.end - self.start
+
     def read_into(self, values: NDArray[np.float32], start: int) -> None:
         """Fill ``values`` from the parameter's value ``start`` on."""
         self.file.seek(self.offset + 4 * (start - self.start))
@@ -191,22 +209,29 @@ class _Piece:
         values[:] = np.frombuffer(data, "<f4")
 
 
-def _read_header(file: IO[bytes], place: str) -> list[tuple[str, int, int]]:
-    """(key, byte, values) of a safetensors file's tensors. Raises StorageError."""
+def _read_header(file: IO[bytes], place: str) -> list[tuple[tuple[str, str], _Piece]]:
+    """Pieces of a safetensors file, by kind and parameter. Raises StorageError."""
     try:
+        size = file.seek(0, os.SEEK_END) - 8
+        file.seek(0)
         (length,) = struct.unpack("<Q", file.read(8))
-        if length > _MAX_HEADER:
+        if length > min(size, _MAX_HEADER):
             raise ValueError(f"its header has {length} bytes")
         header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise TypeError("its header is no table")
         header.pop("__metadata__", None)
         found = []
         for key, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if entry["dtype"] != "F32" or end - begin != 4 * math.prod(entry["shape"]):
+            kind, parameter, start = key.split("|")
+            begin, end = map(operator.index, entry["data_offsets"])
+            fits = start.isdecimal() and 0 <= begin <= end <= size - length
+            if not fits or entry["dtype"] != "F32" or end - begin != 4 * math.prod(entry["shape"]):
                 raise ValueError(f"{key} is {entry}")
-            found.append((key, 8 + length + begin, (end - begin) // 4))
+            last = int(start) + (end - begin) // 4
+            found.append(((kind, parameter), _Piece(int(start), last, 8 + length + begin, file)))
         return found
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise StorageError(f"{place}: no file of a state ({error})") from error
 
 
@@ -222,7 +247,8 @@ class Saver:
         """
         self._store, self._rank, self._world_size, self._token = store, rank, world_size, token
         self._thread: threading.Thread | None = None
-        self._begun, self._trouble = resumed, ""
+        self._begun = self._saved = resumed
+        self._trouble = ""
 
     @property
     def is_busy(self) -> bool:
@@ -232,9 +258,9 @@ class Saver:
     def start(self, progress: Progress, fragments: Iterable[Fragment]) -> None:
         """Copy the fragments and save them. Every rank must, and none while it is busy."""
         assert not self.is_busy
-        if progress.images_seen == self._begun:
+        if progress.images_seen == self._saved:
             return
-        self._begun = progress.images_seen
+        self._begun, self._trouble = progress.images_seen, ""
         tensors = {
             f"{kind}|{parameter}|{start}": view.to("cpu", torch.float32, copy=True)
             for parameter, start, views in fragments
@@ -246,8 +272,8 @@ class Saver:
         )
         self._thread.start()
 
-    def finish(self, patience_seconds: float) -> None:
-        """Wait until the last save is complete. Raises TrainingError when that takes too long."""
+    def wait(self, patience_seconds: float) -> None:
+        """Wait until no save is under way. Raises TrainingError when that takes too long."""
         if self._thread:
             self._thread.join(patience_seconds)
             if self._thread.is_alive():
@@ -256,6 +282,15 @@ class Saver:
                     f"({self._trouble or 'other ranks have not written theirs'}); make room or "
                     f"mend the storage, and run again: training goes on from the last state"
                 )
+
+    def finish(self, patience_seconds: float) -> None:
+        """Wait until the last save is complete. Raises TrainingError if that does not happen."""
+        self.wait(patience_seconds)
+        if self._saved != self._begun:
+            raise TrainingError(
+                f"the state at {self._begun} images was not saved: its thread broke off, and the "
+                f"worker's log says why"
+            )
 
     def _save(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
         place = self._store.folder / str(progress.images_seen)
@@ -274,9 +309,10 @@ class Saver:
                 )  # fmt: skip
             time.sleep(pause)
             pause = min(2 * pause, longest)
+        self._saved = progress.images_seen
         if self._rank == 0:
             try:
-                self._store.prune()
+                self._store.prune(progress.images_seen)
             except (StorageError, ManifestError) as error:
                 _log.warning("older states are still there: %s", error)
 
@@ -298,5 +334,6 @@ class Saver:
         settings = {"digest": self._store.settings_digest, "images_seen": progress.images_seen}
         place.delete(MANIFEST_FILE)  # a damaged state's: a sound one would have been resumed from
         Manifest(_SCHEMA, settings, {}, records, asdict(progress)).commit_to(place)
-        for name in names:
-            place.delete(name)
+        with suppress(StorageError):  # nobody needs them any more; a retry would miss the deleted
+            for name in names:
+                place.delete(name)

@@ -56,7 +56,8 @@ def _reachable(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise TrackingError(f"MLflow at {hide_password(uri)}: {first}") from error
+        told = f"MLflow at {uri}: {first}"  # which may name the address again
+        raise TrackingError(told.replace(uri, hide_password(uri))) from error
 
 
 def hide_password(uri: str) -> str:

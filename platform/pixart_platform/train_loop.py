@@ -208,7 +208,7 @@ def train(  # noqa: PLR0915  # the one long function: a loop is read from top to
         return parts
 
     def save_now() -> None:
-        saver.finish(settings.patience_seconds)
+        saver.wait(settings.patience_seconds)
         saver.start(progress, engine.fragments(share=True))
         saver.finish(settings.patience_seconds)
 

@@ -11,12 +11,14 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from pathlib import Path
 
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from pixart_platform.errors import PixartError
 from pixart_platform.registry import Registry
+from pixart_serve.keys import ApiKeys
 from pixart_serve.replica import build_application
 from pixart_serve.settings import ServeSettings
 
@@ -38,10 +40,13 @@ def start(
 ) -> str:
     """Serve what the alias names and return the base URL once it answers.
 
-    Ray must be initialised. Raises RegistryError for an unknown alias, ServiceError for a busy
-    port or a version that no replica can load; nothing is left running then.
+    Ray must be initialised. Raises RegistryError for an unknown alias, KeysError for a file of
+    keys that cannot be used, ServiceError for a busy port or a version that no replica can load;
+    nothing is left running then.
     """
     check_port(settings)
+    if settings.api_keys_file:
+        ApiKeys(Path(settings.api_keys_file))
     Registry(registry_uri, model_name).get(settings.alias)
     application = build_application(
         settings, registry_uri, model_name, default_steps, default_guidance

@@ -14,9 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pixart_models.diffusion import NUM_TIMESTEPS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+_Timestep = Annotated[float, Field(ge=0, le=NUM_TIMESTEPS, allow_inf_nan=False)]
 # IPTC's term for a picture made by a trained model.
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _EXIF_DESCRIPTION, _EXIF_SOFTWARE = 0x010E, 0x0131
@@ -47,7 +51,7 @@ class ApiError(Exception):
         """Tells clients whether trying again makes sense; the official one obeys."""
         if self.retry_after_seconds is not None:
             return {"Retry-After": str(self.retry_after_seconds)}
-        return {"x-should-retry": "false"} if self.status >= 500 else {}
+        return {"x-should-retry": "false"} if self.status == 429 or self.status >= 500 else {}
 
 
 def _error_type(status: int) -> str:
@@ -67,15 +71,18 @@ class GenerationRequest(BaseModel):
     n: Annotated[int, Field(ge=1, le=10)] | None = None
     size: str | None = None
     """``auto`` (the model's native size) or WIDTHxHEIGHT in pixels."""
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
-    """Half (low), once, or twice (high, hd) the default number of steps."""
+    quality: Quality | None = None
+    """Half (low), once, twice (high, hd), three (xhigh) or four times (max) the default steps."""
     response_format: Literal["b64_json"] | None = None
     output_format: OutputFormat | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     """Quality of a JPEG or WebP."""
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
-    stream: Literal[False] | None = None
+    stream: bool | None = None
+    """Server-sent events, for n = 1: ``image_generation.partial_image`` and ``.completed``."""
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    """Previews in a stream; fewer when there are no more steps. Each costs one decoding."""
     user: str | None = None
     safety_identifier: str | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
@@ -83,16 +90,37 @@ class GenerationRequest(BaseModel):
     negative_prompt: str | None = None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)] | None = None
+    guidance_interval: tuple[_Timestep, _Timestep] | None = None
+    """Guide at timesteps from low to high alone: [0, 1000] is always, 0 is clean, 1000 noise."""
+    max_wait_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """What this may take until it is drawn, if less than the service's own limit: refused at once
+    with a time to come back when it would take longer, given up when it does."""
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _check_interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if interval and interval[0] > interval[1]:
+            raise ValueError("must be [low, high] with low <= high")
+        return interval
 
 
 def parse_generation(body: bytes) -> GenerationRequest:
     """Raises ApiError 400 for the first fault found."""
     try:
-        return GenerationRequest.model_validate_json(body)
+        asked = GenerationRequest.model_validate_json(body)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
-    param = str(fault["loc"][0]) if fault["loc"] else None
-    raise ApiError(400, _explain(param, fault), param=param)
+        param = str(fault["loc"][0]) if fault["loc"] else None
+        raise ApiError(400, _explain(param, fault), param=param) from error
+    if asked.stream and (asked.n or 1) > 1:
+        raise ApiError(400, f"n = {asked.n}: a stream is of one picture; ask for each", param="n")
+    if asked.partial_images and not asked.stream:
+        raise ApiError(
+            400,
+            f"partial_images = {asked.partial_images}: previews need stream = true",
+            param="partial_images",
+        )
+    return asked
 
 
 def _explain(param: str | None, fault: Any) -> str:
@@ -114,7 +142,6 @@ def _shorten(value: object) -> str:
 
 
 _HINTS = {
-    "stream": "; streaming is not available here, leave it out",
     "response_format": "; pictures are not kept, so there is no URL to give",
 }
 

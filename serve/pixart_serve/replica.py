@@ -4,6 +4,8 @@ Serve sees HTTP requests and decides who gets them; it never sees a step. Its li
 the engine's, so that it is the engine that refuses, in OpenAI's words.
 """
 
+from pathlib import Path
+
 import torch
 from fastapi import FastAPI
 from ray import serve
@@ -14,8 +16,10 @@ from pixart_platform.registry import Registry
 from pixart_serve.api import build_api
 from pixart_serve.engine import DrawingEngine
 from pixart_serve.follower import Follower
+from pixart_serve.keys import ApiKeys, require_keys
 from pixart_serve.service import EngineService
 from pixart_serve.settings import ServeSettings
+from pixart_serve.usage import Accounts
 
 _BURST_REQUESTS = 256  # being refused, asking for health or models; more than this Serve refuses
 _SHUTDOWN_SECONDS = 60.0  # for what was accepted; Serve's own 20 s is less than a long queue
@@ -23,7 +27,7 @@ _RETRY_AFTER_SECONDS = 5.0
 
 
 class Replica:
-    """Constructed by Serve; ready once a version is live. Raises RegistryError, VersionRefused."""
+    """Constructed by Serve; ready once a version is live. Raises what is wrong, a PixartError."""
 
     def __init__(
         self,
@@ -40,26 +44,33 @@ class Replica:
             max_queued=settings.max_queued,
             stall_seconds=settings.stall_seconds,
         )
-        self._service = EngineService(self._engine, model_name, settings.alias)
+        self._keys = ApiKeys(Path(settings.api_keys_file)) if settings.api_keys_file else None
         self._follower = Follower(
             Registry(registry_uri, model_name),
             settings.alias,
             self._engine,
             device="cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu",
             poll_seconds=settings.poll_seconds,
+            max_versions=settings.max_versions,
+            challenger=settings.challenger,
+            challenger_share=settings.challenger_share,
         )
+        self._service = EngineService(self._engine, model_name, settings.alias, self._follower)
         self._follower.load_first()
         self._follower.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the application after construction: it needs this very engine."""
-        return build_api(
+        api = build_api(
             self._service,
             self._settings,
             default_steps=self._steps,
             default_guidance=self._guidance,
             behind_serve=True,
         )
+        if self._keys:
+            require_keys(api, self._keys, Accounts(self._settings.key_units_per_minute))
+        return api
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -1,0 +1,111 @@
+"""Who draws how much: an account per API key, in units of what the network computes.
+
+One unit is one row of one denoising step for one image token, so a big, guided, careful picture
+costs what it costs and not "one request". A token bucket holds a minute's worth and refills
+continuously. Each replica keeps its own books. All of it runs on the event loop.
+
+Who is asking travels in a context variable: set where the key is checked, read where rows are
+queued, so that nothing in between needs to know of keys.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from pixart_serve.contract import ApiError
+from pixart_serve.engine import DrawRequest
+
+
+@dataclass
+class Account:
+    """One key's books; ``units_per_minute`` 0 means no limit, ``available`` is left in the bucket.
+
+    Numbers count from the start of the process; ``num_units`` and ``num_pictures`` of what was
+    accepted, ``num_refused`` requests beyond the limit.
+    """
+
+    name: str
+    units_per_minute: int
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+    num_requests: int = 0
+    num_refused: int = 0
+    num_pictures: int = 0
+    num_units: int = 0
+
+    def __post_init__(self) -> None:
+        self.available, self._filled_at = float(self.units_per_minute), self.clock()
+
+    def take(self, cost: int) -> None:
+        """Take ``cost`` out of the bucket. Raises ApiError 400 or 429."""
+        limit, now = self.units_per_minute, self.clock()
+        if not limit:
+            return
+        refill = (now - self._filled_at) * limit / 60
+        self.available, self._filled_at = min(self.available + refill, limit), now
+        if cost > limit:
+            self.num_refused += 1
+            raise ApiError(
+                400,
+                f"the request costs {cost} units (rows x steps x image tokens) and this key has "
+                f"{limit} a minute; ask for fewer or smaller pictures, or fewer steps",
+                code="cost_limit_exceeded",
+            )
+        if cost > self.available:
+            self.num_refused += 1
+            wait = math.ceil((cost - self.available) * 60 / limit)
+            raise ApiError(
+                429,
+                f"the request costs {cost} units (rows x steps x image tokens), this key has "
+                f"{int(self.available)} left of {limit} a minute; try again in {wait} s",
+                code="rate_limit_exceeded",
+                retry_after_seconds=wait,
+            )
+        self.available -= cost
+
+
+caller: ContextVar[Account | None] = ContextVar("caller", default=None)
+
+
+class Accounts:
+    """The account of every key that has been used."""
+
+    def __init__(self, units_per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._units_per_minute, self._clock = units_per_minute, clock
+        self._by_name: dict[str, Account] = {}
+
+    def of(self, name: str) -> Account:
+        if name not in self._by_name:
+            self._by_name[name] = Account(name, self._units_per_minute, self._clock)
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[Account]:
+        return iter(list(self._by_name.values()))
+
+
+def cost_of(requests: Sequence[DrawRequest], grid: int) -> int:
+    """Units of pictures whose image tokens are ``grid`` pixels wide and high."""
+    return sum(r.num_rows * r.steps * (r.width // grid) * (r.height // grid) for r in requests)
+
+
+@contextmanager
+def charged(requests: Sequence[DrawRequest], grid: int) -> Iterator[None]:
+    """Charge the caller, if keys are asked for; what raises inside costs nothing.
+
+    Raises ApiError 429 with a time to come back, or 400 for what is beyond a whole minute.
+    """
+    account = caller.get()
+    if account is None:
+        yield
+        return
+    cost = cost_of(requests, grid)
+    account.take(cost)
+    try:
+        yield
+    except Exception:
+        account.available += cost
+        raise
+    account.num_pictures += len(requests)
+    account.num_units += cost
