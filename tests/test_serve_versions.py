@@ -338,8 +338,8 @@ def test_a_replica_does_what_its_settings_say(family: Family) -> None:
     key, line = make_key("studio")
     (family.folder / "keys").write_text(line)
     settings = ServeSettings(
-        api_keys_file=str(family.folder / "keys"), key_units_per_minute=1_000_000, poll_seconds=0.05,
-        challenger="next", challenger_share=1.0, max_rows=4, max_queued=8,
+        api_keys_file=str(family.folder / "keys"), key_units_per_minute=1_000_000,
+        poll_seconds=0.05, challenger="next", challenger_share=1.0, max_rows=4, max_queued=8,
     )  # fmt: skip
     family.registry.set_alias("next", family.registry.get("2"))
     replica = Replica(settings, family.registry.uri, "digits", 2, 2.5)

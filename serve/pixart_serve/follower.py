@@ -109,10 +109,10 @@ class Follower:
         return None if number is None else self.versions.get(number)
 
     def fetch(self, reference: str) -> "Future[LoadedVersion]":
-        """Look a number or alias up and load what it names, on a thread; to be called on one.
+        """Look a number or alias up and load what it names, on a thread.
 
         Its future ends in UnknownVersion, VersionRefused or VersionUnavailable if not in a
-        version. Raises VersionUnavailable when too many are being fetched.
+        version. Raises VersionUnavailable when too many are being fetched. For one event loop.
         """
         self._fetching = {r: f for r, f in self._fetching.items() if not f.done()}
         if reference not in self._fetching:
