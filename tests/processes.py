@@ -25,7 +25,7 @@ def start(*arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Run ``pixart`` to its end."""
     return subprocess.run(
         [*PIXART, *map(str, arguments)],

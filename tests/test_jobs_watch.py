@@ -168,7 +168,9 @@ def test_states_are_drawn_and_measured_in_tasks_once(
     assert len(set(tracker.history("evaluation_loss_0.125"))) == 3
     strip = Image.open(stage.preview_folder / "000000128.png")
     assert strip.size == (8 * 32, 32), "eight classes"
-    assert stage.states.folder.read("best.json") == b"128"
+    best = stage.states.best()
+    assert best
+    assert best[0] == 128
     with watch(stage, tracker, lambda _: None):
         pass
     assert logged(tracker) == [64, 128, 160]

@@ -145,11 +145,11 @@ def test_the_newest_the_best_and_every_so_many_images_are_kept(root: Folder) -> 
     for images_seen, expected in kept.items():
         save(store, images_seen)
         assert store.complete() == expected
-    store.mark_best(240)
+    store.mark_best(240, 0.5)
     for images_seen in (300, 330, 360):
         save(store, images_seen)
     assert store.complete() == [120, 210, 240, 300, 330, 360]
-    store.mark_best(360)
+    store.mark_best(360, 0.4)
     save(store, 390)
     assert store.complete() == [120, 210, 300, 360, 390], "the former best has had its day"
 

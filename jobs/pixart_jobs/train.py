@@ -11,6 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +44,7 @@ from pixart_platform.accounting import recognise
 from pixart_platform.batches import RowIndex
 from pixart_platform.checkpoint import Progress, Saver, State, StateStore
 from pixart_platform.engine import WEIGHT, Engine, choose_accelerator
-from pixart_platform.errors import PixartError, TrainingError
+from pixart_platform.errors import PixartError, StorageError, TrainingError
 from pixart_platform.order import Order
 from pixart_platform.seeds import SampleDraws, derive_seed
 from pixart_platform.storage import FileAbsent, Folder
@@ -106,6 +107,8 @@ def _fit(stage: StagePlan, tracker: Tracker, storage: Path) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        if _read_trouble(stage):
+            return
         raise TrainingError(
             f"stage {stage.name}: its workers died more often than train.max_failures = "
             f"{settings.max_failures} allows, at last: {error}; run again to go on"
@@ -152,15 +155,28 @@ def _peak_tflops() -> float:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """Runs on every Ray Train worker. The stage's own errors are final, not retried."""
+    """Runs on every Ray Train worker. The stage's own errors are final, not retried.
+
+    What one worker alone meets is raised, for the others wait for it until Ray Train takes them
+    down; started again, all find the reason and end.
+    """
     stage = cast(StagePlan, config["stage"])
+    if _read_trouble(stage):
+        return
     try:
         _train_stage(stage, config["place"], config["weights"])
-    except (PixartError, ModelInputError) as error:
+    except Derailed as error:  # on all workers alike
         if ray.train.get_context().get_world_rank() == 0:
-            seen = error.images_seen if isinstance(error, Derailed) else None
-            trouble = {"message": str(error), "images_seen": seen}
-            stage.states.folder.write(_TROUBLE, json.dumps(trouble).encode())
+            _leave_trouble(stage, str(error), error.images_seen)
+    except (PixartError, ModelInputError) as error:
+        with suppress(StorageError):  # then Ray Train tries again
+            _leave_trouble(stage, str(error), None)
+        raise
+
+
+def _leave_trouble(stage: StagePlan, message: str, images_seen: int | None) -> None:
+    trouble = {"message": message, "images_seen": images_seen}
+    stage.states.folder.write(_TROUBLE, json.dumps(trouble).encode())
 
 
 def _train_stage(stage: StagePlan, place: tuple[str, str], weights: ray.ObjectRef[Any]) -> None:

@@ -145,6 +145,9 @@ class TrainSettings(Section):
         return self
 
     def accumulate_of(self, batch_images: int, num_workers: int) -> int:
-        """Backward passes a step, so that none takes more than ``micro_batch_images``."""
+        """Backward passes a step, so that none takes more than ``micro_batch_images``.
+
+        Where shares differ by an image, every worker has one for each pass all the same.
+        """
         share = -(-batch_images // num_workers)
-        return -(-share // (self.micro_batch_images or share))
+        return min(-(-share // (self.micro_batch_images or share)), batch_images // num_workers)

@@ -4,9 +4,11 @@ At every preview interval the averaged weights are read from the state that the 
 the fixed prompts are drawn and the loss at fixed timesteps is measured, in a Ray task of its own,
 so that no training worker waits and any node may do it. (Ray Train's ValidationConfig would do as
 much, but only for checkpoints that its controller knows of, at a barrier of all workers each.)
-A preview is a picture in the run's folder: what is there is not drawn again.
+A preview is a picture and its losses in the run's folder: what is there is not drawn again.
 """
 
+import io
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from pixart_models.text import load_text_encoder
 from pixart_platform.engine import choose_accelerator
 from pixart_platform.errors import PixartError, TrackingError
 from pixart_platform.seeds import SampleDraws, derive_seed
+from pixart_platform.storage import write_atomic
 from pixart_platform.tracking import Tracker
 
 _WATCH_SECONDS = 3.0
@@ -71,9 +74,10 @@ class _Watcher:
         self, stage: StagePlan, tracker: Tracker, on_progress: Callable[[int], None]
     ) -> None:
         self._stage, self._tracker, self._on_progress = stage, tracker, on_progress
-        self._drawn = {int(path.stem) for path in stage.preview_folder.glob("*.png")}
+        self._drawn = {int(path.stem) for path in stage.preview_folder.glob("*.json")}
         self._asked: tuple[int, ray.ObjectRef[Look]] | None = None
-        self._best = float("inf")
+        best = stage.states.best()
+        self._best = best[1] if best else float("inf")
 
     def poll(self) -> None:
         """One round; what does not answer is asked again in the next."""
@@ -122,15 +126,11 @@ class _Watcher:
         self._keep(look, images_seen)
 
     def _keep(self, look: Look, images_seen: int) -> None:
-        """Save the pictures in one strip, and log everything."""
-        if look.pictures:
-            strip = np.concatenate(list(look.pictures.values()), axis=1)
-            self._stage.preview_folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(strip).save(self._stage.preview_folder / f"{images_seen:09d}.png")
+        """Log everything; save the pictures in one strip, and the losses, which come last."""
         loss = look.losses.get("evaluation_loss", float("inf"))
         if loss < self._best:
             self._best = loss
-            self._stage.states.mark_best(images_seen)
+            self._stage.states.mark_best(images_seen, loss)
         try:
             self._tracker.log_metrics(look.losses, images_seen)
             for key, picture in look.pictures.items():
@@ -138,6 +138,12 @@ class _Watcher:
         except TrackingError as error:
             _log.warning("the preview at %d images is in the run's folder only: %s",
                          images_seen, error)  # fmt: skip
+        place = self._stage.preview_folder / f"{images_seen:09d}"
+        if look.pictures:
+            strip, file = np.concatenate(list(look.pictures.values()), axis=1), io.BytesIO()
+            Image.fromarray(strip).save(file, "png")
+            write_atomic(place.with_suffix(".png"), file.getvalue())
+        write_atomic(place.with_suffix(".json"), json.dumps(look.losses).encode())
 
 
 @ray.remote(num_cpus=0)

@@ -100,9 +100,17 @@ class StateStore:
         place = self.folder / str(images_seen)
         return State(place, load_manifest(place))
 
-    def mark_best(self, images_seen: int) -> None:
+    def mark_best(self, images_seen: int, loss: float) -> None:
         """Keep this state until another is better."""
-        self.folder.write(_BEST, json.dumps(images_seen).encode())
+        self.folder.write(_BEST, json.dumps([images_seen, loss]).encode())
+
+    def best(self) -> tuple[int, float] | None:
+        """Images seen and loss of the state that was marked best."""
+        try:
+            images_seen, loss = json.loads(self.folder.read(_BEST))
+        except FileAbsent:
+            return None
+        return images_seen, loss
 
     def prune(self, newest: float = math.inf) -> None:
         """Delete what need not be kept, and what killed saves left before the newest state.
@@ -114,8 +122,8 @@ class StateStore:
         if not complete:
             return
         kept = {*complete[-self.keep :]}
-        if self.folder.find(_BEST):
-            kept.add(json.loads(self.folder.read(_BEST)))
+        if best := self.best():
+            kept.add(best[0])
         if every := self.keep_every_images:
             before = [0, *complete[:-1]]
             kept |= {

@@ -188,7 +188,7 @@ class S3Folder:
             told = f"{place}: S3 answered {code} {message}".rstrip()
             if code in ("403", "AccessDenied"):  # a look alone is refused by number
                 raise FileRefused(
-                    f"{told}; needed are s3:GetObject, s3:PutObject and s3:ListBucket"
+                    f"{told}; needed are s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket"
                 ) from error
             raise StorageError(told) from error
         except botocore.exceptions.NoCredentialsError as error:

@@ -50,9 +50,8 @@ def _reachable(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         first = str(error).splitlines()[0]
-        raise RegistryError(
-            f"the registry at {hide_password(uri)} does not answer: {first}"
-        ) from error
+        told = f"the registry at {uri} does not answer: {first}"  # which may name it again
+        raise RegistryError(told.replace(uri, hide_password(uri))) from error
 
 
 class Registry:

@@ -76,7 +76,7 @@ class Tracker:
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri, self.run_id = uri, run_id
         self._client = connect(uri)
-        self._reached: int | None = None  # last step of the curve that is caught up
+        self._logged: dict[int, float] | None = None  # losses of the curve that is caught up
 
     @classmethod
     def start(
@@ -118,13 +118,16 @@ class Tracker:
             self._client.log_batch(self.run_id, metrics=entities)
 
     def catch_up(self, history: Iterable[Point]) -> None:
-        """Log what of a curve is not there yet, so that a resumed run has each point once."""
-        if self._reached is None:
-            self._reached = max((step for step, _ in self.history("loss")), default=-1)
+        """Log what of a curve is not there yet, so that a resumed run has each point once.
+
+        A point whose loss is another, as after a rewind, is logged anew: the last one counts.
+        """
+        if self._logged is None:
+            self._logged = dict(self.history("loss"))
         for images_seen, metrics in history:
-            if images_seen > self._reached:
+            if self._logged.get(images_seen) != metrics["loss"]:
                 self.log_metrics(metrics, images_seen)
-                self._reached = images_seen
+                self._logged[images_seen] = metrics["loss"]
 
     def log_image(self, image: Any, key: str, images_seen: int) -> None:
         """A picture (H, W, 3) uint8 under ``key``, for MLflow's image grid."""

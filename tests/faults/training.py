@@ -340,12 +340,13 @@ def stop_at_nan(campaign: Campaign) -> None:
 
 def damage_table(campaign: Campaign) -> None:
     """What one worker alone cannot read ends the command in one line, and no other waits for it."""
-    tables = campaign.root / "damaged"
+    tables = campaign.root / "damaged-tables"
     write_tables(tables)
     *_, last_part = sorted((tables / "latents").glob("*.parquet"))
-    last_part.write_bytes(last_part.read_bytes()[:1000])
+    whole = last_part.read_bytes()
+    last_part.write_bytes(whole[:4] + b"\xff" * 4096 + whole[4100:])  # the end says what is where
     run = campaign.make("damaged", tables=tables.name)
-    with campaign.told("table damaged", "a partition cut off") as row:
+    with campaign.told("table damaged", "a partition overwritten") as row:
         run.start()
         run.finish(status=2)
         row.remark = run.log.strip().splitlines()[-1]
