@@ -72,7 +72,7 @@ class Alone(Engine):
         self.device, self.zero_stage = torch.device("cpu"), 0
         self.rank, self.world_size = rank, world_size
         self._network, self._accumulate, self._num_backwards = network, accumulate, 0
-        self._optimizer = AveragingAdamW(network.parameters(), OPTIMIZER, fused=False, clips=True)
+        self._optimizer = AveragingAdamW(network.parameters(), OPTIMIZER, clips=True)
         self.set_num_steps(0)
 
     @property

@@ -63,7 +63,7 @@ def make_network(seed: int = 0) -> nn.Linear:
 
 def optimize(network: nn.Module, clips: bool = True, **settings: float) -> AveragingAdamW:
     chosen = OptimizerSettings(learning_rate=PEAK, **settings)
-    return AveragingAdamW(network.parameters(), chosen, fused=False, clips=clips)
+    return AveragingAdamW(network.parameters(), chosen, clips=clips)
 
 
 def put_gradients(network: nn.Module, seed: int, size: float = 1.0) -> None:
@@ -102,7 +102,7 @@ def test_the_weights_are_those_of_torchs_adamw(clips: bool) -> None:
     optimizer = optimize(ours, clips, weight_decay=0.1, gradient_clip=0.5)
     for parameter in ours.parameters():
         optimizer.prepare(parameter)
-    plain = torch.optim.AdamW(theirs.parameters(), lr=PEAK, weight_decay=0.1)
+    plain = torch.optim.AdamW(theirs.parameters(), lr=PEAK, weight_decay=0.1, fused=True)
     for n in range(5):
         put_gradients(ours, n)
         put_gradients(theirs, n)

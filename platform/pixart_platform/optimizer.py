@@ -44,13 +44,11 @@ class OptimizerSettings(Section):
 class AveragingAdamW(torch.optim.AdamW):
     """AdamW whose state holds an average, moved to the new weights by ``average_share`` a step."""
 
-    def __init__(
-        self, parameters: Any, settings: OptimizerSettings, *, fused: bool, clips: bool
-    ) -> None:
+    def __init__(self, parameters: Any, settings: OptimizerSettings, *, clips: bool) -> None:
         """With ``clips`` it clips gradients itself, as nobody else keeps their norm for ZeRO 0."""
         super().__init__(
             parameters, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps,
-            weight_decay=settings.weight_decay, fused=fused,
+            weight_decay=settings.weight_decay, fused=True,
         )  # fmt: skip
         self.average_share = 0.0
         self._clip = settings.gradient_clip if clips else None
@@ -65,8 +63,7 @@ class AveragingAdamW(torch.optim.AdamW):
             if kind not in state:
                 value = parameter.detach()
                 state[kind] = value.clone() if kind == AVERAGE else torch.zeros_like(value)
-        on = parameter.device if self.defaults["fused"] else torch.device("cpu")
-        state["step"] = torch.tensor(float(num_steps), device=on)
+        state["step"] = torch.tensor(float(num_steps), device=parameter.device)
         return state
 
     @torch.no_grad()
