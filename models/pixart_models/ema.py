@@ -1,8 +1,9 @@
 """Averages of weights over training: one chosen before the run, or any chosen after it.
 
-``Ema`` has a half-life in images, not steps, so that it spans the same data whatever the batch
-size. Early on the half-life is capped at a share of the images seen (as in EDM2, Karras et al.
-2023, arXiv 2312.02696, section 3), which replaces a warm-up.
+Training keeps one in its optimizer's state (``pixart_platform.optimizer``); ``ema_decay`` gives its
+half-life in images, not steps, so that it spans the same data whatever the batch size. Early on the
+half-life is capped at a share of the images seen (as in EDM2, Karras et al. 2023, arXiv 2312.02696,
+section 3), which replaces a warm-up.
 
 ``PowerEma`` keeps EDM2's power-function averages (section 3.1): at time t (images) the weights of
 time s count as s^gamma, so an average spans the same share of a run however long: ``sigma_rel``,
@@ -49,24 +50,6 @@ def _pull(averages: dict[str, Tensor], named: dict[str, Tensor], share: float) -
     torch._foreach_lerp_(list(averages.values()), currents, share)
 
 
-class Ema:
-    """Averages named tensors in fp32."""
-
-    def __init__(self, parameters: Named, half_life_images: float) -> None:
-        self.half_life_images = half_life_images
-        self.tensors = {n: p.detach().to(torch.float32, copy=True) for n, p in parameters}
-
-    def update(self, parameters: Named, *, batch_images: int, images_seen: int) -> None:
-        decay = ema_decay(self.half_life_images, batch_images, images_seen)
-        _pull(self.tensors, dict(parameters), 1 - decay)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore exactly. Raises KeyError when a name is missing."""
-        for name, average in self.tensors.items():
-            average.copy_(tensors[name])
-
-
 class PowerEma:
     """Power-function averages of named tensors in fp32, one of each width.
 
@@ -92,6 +75,7 @@ class PowerEma:
             _pull(tensors, named, 1 - left ** (gamma_of(width) + 1))  # eq. 2
         self.images_seen = images_seen
 
+    @torch.no_grad()
     def load(self, stored: Mapping[Profile, Mapping[str, Tensor]]) -> None:
         """Restore exactly what ``stored`` gave. Raises KeyError when anything is missing."""
         (self.images_seen,) = {profile.images_seen for profile in stored}
