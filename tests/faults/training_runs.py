@@ -221,7 +221,7 @@ def find_differences(run: Run, straight: Run) -> list[str]:
     found = {k.split()[0] for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
     rewound = run.plan.states.folder.find("skips.json") and run.train.get("max_rewinds")
     logged, wanted = run.curve(), straight.curve()
-    for key in logged.keys() | wanted.keys():
+    for key in wanted.keys() if rewound else logged.keys() | wanted.keys():
         values = logged.get(key, [])
         if set(values[-1:] if rewound else values) != set(wanted.get(key, [])):
             found.add(f"logged {key[0]} at {key[1]}")
