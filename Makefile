@@ -2,8 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check test demo
-setup: .venv/.done
+.PHONY: setup browser check test demo
+setup: .venv/.done browser
+
+# The Studio's test drives a real browser; everything else does without.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	     apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo "tests/test_serve_studio.py needs a browser: apt-get install chromium"
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pixart_models.drawing import Drawer
 from pixart_serve.api import build_api
+from pixart_serve.contract import encode_picture
 from pixart_serve.engine import DrawingEngine, DrawRequest, LoadedVersion
 from pixart_serve.service import EngineService
 from pixart_serve.settings import ServeSettings
@@ -121,8 +123,33 @@ def test_pictures_say_what_drew_them(shared: Service) -> None:
     assert marks["Seed"] == "5"
     assert marks["Source"] == "AI-generated"
     assert entry["model_version"] == 7
-    jpeg = decode(shared.generate(seed=5, output_format="jpeg").json()["data"][0])
-    assert "Model-Version: 7; Seed: 5" in str(jpeg.getexif()[0x010E])
+    packet = marks.pop("XML:com.adobe.xmp")
+    for file_format in ("jpeg", "webp"):
+        other = decode(shared.generate(seed=5, output_format=file_format).json()["data"][0])
+        exif = other.getexif()
+        assert exif[0x0131] == marks["Software"] == "pixart-ray"
+        assert dict(line.split(": ", 1) for line in str(exif[0x010E]).split("; ")) == marks
+        assert other.info["xmp"].decode() == packet
+
+
+@pytest.mark.parametrize("file_format", ["png", "jpeg", "webp"])
+def test_machines_read_that_a_model_drew_it(shared: Service, file_format: str) -> None:
+    entry = shared.generate(output_format=file_format).json()["data"][0]
+    described = ElementTree.fromstring(decode(entry).info["xmp"])[0][0]
+    assert described.tag == "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"
+    iptc = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
+    assert described.attrib[f"{iptc}DigitalSourceType"] == (
+        "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    )
+    assert described.attrib[f"{iptc}AISystemUsed"] == "digits"
+    assert described.attrib[f"{iptc}AISystemVersionUsed"] == "7"
+
+
+def test_a_name_of_any_kind_is_a_name_in_the_marks() -> None:
+    marks = {"Software": "pixart-ray", "Model": "d<i>&\"'s", "Model-Version": "7", "Seed": "5"}
+    file = encode_picture(np.zeros((8, 8, 3), np.uint8), "webp", 90, marks)
+    described = ElementTree.fromstring(Image.open(io.BytesIO(file)).info["xmp"])[0][0]
+    assert marks["Model"] in described.attrib.values()
 
 
 @pytest.mark.parametrize("file_format", ["png", "jpeg", "webp"])

@@ -454,6 +454,25 @@ def test_closing_fails_what_is_left(start: Start) -> None:
     assert not engine.is_healthy()
 
 
+def test_who_waits_for_a_stuck_engine_is_told_when_it_is_given_up(start: Start) -> None:
+    drawer = build_drawer()
+    gate = Gate(drawer.network)
+    engine = start(drawer, max_rows=2)
+    drawing, waiting, dropped = engine.submit_all([ask(seed=i) for i in range(3)])
+    eventually(lambda: gate.num_arrived == 1)
+    dropped.cancel()
+    engine.give_up()
+    for future in (drawing, waiting):
+        with pytest.raises(NotReady, match="stuck"):
+            future.result(timeout=10)
+    with pytest.raises(NotReady, match="closed"):
+        engine.submit(ask())
+    gate.allow()  # if it moves after all, it ends in peace, and is of no more use
+    eventually(lambda: not engine.is_healthy())
+    assert len(wait([dropped], timeout=10).done) == 1
+    assert len(gate.batches) == 1
+
+
 def test_a_stuck_step_is_unhealthy_until_it_moves(start: Start) -> None:
     drawer = build_drawer()
     gate = Gate(drawer.network)

@@ -108,7 +108,7 @@ BAD_HEADERS = [
 
 
 @pytest.mark.parametrize("headers", BAD_HEADERS)
-def test_no_route_but_liveness_answers_without_a_key(
+def test_no_route_but_liveness_and_the_page_answers_without_a_key(
     guarded: Guarded, headers: dict[str, str]
 ) -> None:
     told = {"KEY": guarded.key, "LINE": guarded.line, "HASH": guarded.line.split(":")[2]}
@@ -120,9 +120,12 @@ def test_no_route_but_liveness_answers_without_a_key(
     routes = [(method, getattr(route, "path", "")) for route in guarded.app.routes
               for method in getattr(route, "methods", ["GET"])]  # fmt: skip
     assert ("POST", GENERATE) in routes
-    for method, path in [*routes, ("GET", "/nothing"), ("GET", "/healthz/"), ("GET", "//healthz")]:
-        response = guarded.client.request(method, path, headers=sent, json=BODY)
-        if path == "/healthz":
+    near = [("GET", path) for path in ("/nothing", "/healthz/", "//healthz", "//", "/studio")]
+    for method, path in [*routes, *near]:
+        response = guarded.client.request(
+            method, f"http://testserver{path}", headers=sent, json=BODY
+        )
+        if path in ("/healthz", "/", "/studio.js", "/studio.css"):
             assert response.status_code == 200
             continue
         assert response.status_code == 401, path

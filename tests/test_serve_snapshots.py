@@ -36,16 +36,17 @@ def _base() -> Drawer:
     return Drawer(config, PixArt(config.network), autoencoder, text_encoder)
 
 
-def build_drawer(seed: int = 0) -> Drawer:
+def build_drawer(seed: int = 0, preset: str = "digits-mini") -> Drawer:
     """A drawer with seeded random weights, the zero-initialised ones included."""
     base = _base()
+    config = replace(base.config, network=get_preset(preset))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = PixArt(base.config.network)
+        network = PixArt(config.network)
         zeros: list[nn.Parameter] = [p for p in network.parameters() if not p.any()]
         for parameter in zeros:
             nn.init.normal_(parameter, std=0.1)
-    return replace(base, network=network.eval().requires_grad_(False))
+    return replace(base, config=config, network=network.eval().requires_grad_(False))
 
 
 def write_snapshot(folder: Path, drawer: Drawer) -> Path:

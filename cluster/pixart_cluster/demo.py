@@ -57,6 +57,7 @@ def demo(
         url = app.start(
             recipe.serve, registry_uri=space.tracking_uri, model_name=recipe.name,
             default_steps=recipe.draw.num_steps, default_guidance=recipe.draw.guidance,
+            jobs=root / "jobs",
         )  # fmt: skip
         try:
             prompt = next(iter(recipe.train.preview_prompts), _FALLBACK_PROMPT)

@@ -15,15 +15,21 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pixart_serve.contract import ApiError, GenerationRequest
+from pixart_serve.access import logged, note
+from pixart_serve.contract import ApiError
+from pixart_serve.docs_page import add_docs
 from pixart_serve.engine import Drawing, Preview
+from pixart_serve.jobs import ImageJobs, add_jobs
+from pixart_serve.keys import LIVENESS
+from pixart_serve.observer import NOBODY, Observer
 from pixart_serve.orders import Order, OrderDesk, translate, translated
 from pixart_serve.service import DrawingService, ServedModel
 from pixart_serve.settings import ServeSettings
-from pixart_serve.stream import EventStream, wait_for_disconnect
+from pixart_serve.stream import EventStream, read_body, wait_for_disconnect
+from pixart_serve.studio import add_studio
+from pixart_serve.usage import Accounts
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,23 +41,35 @@ def build_api(
     default_steps: int,
     default_guidance: float,
     behind_serve: bool = False,
+    observer: Observer = NOBODY,
+    accounts: Accounts | None = None,
+    knows_key: Callable[[str], bool] | None = None,
 ) -> FastAPI:
-    """The application. ``behind_serve``: Ray Serve's proxy already answers with x-request-id."""
-    app = FastAPI(title="pixart-ray", docs_url=None, redoc_url=None)
+    """The application. ``behind_serve``: Ray Serve's proxy already answers with x-request-id.
+
+    ``accounts`` pay for jobs; with ``knows_key`` those of other keys fail. Raises FilterError, and
+    StorageError for a place of jobs that is none.
+    """
     desk = OrderDesk(
-        service, settings, default_steps=default_steps, default_guidance=default_guidance
-    )
+        service, settings, default_steps=default_steps, default_guidance=default_guidance,
+        observer=observer,
+    )  # fmt: skip
     generator = _Generator(service, settings, desk)
+    jobs = ImageJobs(service, desk, settings, accounts, knows_key)
+    app = FastAPI(openapi_url=None, lifespan=jobs.running)
 
     async def generate(request: Request) -> Response:
         return await generator.generate(request)
 
+    def describe(served: ServedModel) -> dict[str, Any]:
+        return _describe(served) | desk.describe(served)
+
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_describe(_served(service))]}
+        return {"object": "list", "data": [describe(_served(service))]}
 
     async def get_model(model: str) -> dict[str, Any]:
         with translated():
-            return _describe(await service.find(model))
+            return describe(await service.find(model))
 
     async def check_health() -> JSONResponse:
         if not service.is_healthy():
@@ -59,17 +77,16 @@ def build_api(
         served = _served(service)
         return JSONResponse({"status": "ok", "model": served.name, "version": served.version})
 
-    schema = {"schema": GenerationRequest.model_json_schema()}
-    app.add_api_route(
-        "/v1/images/generations", generate, methods=["POST"], response_model=None,
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": schema}}},
-    )  # fmt: skip
+    app.add_api_route("/v1/images/generations", generate, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", get_model, methods=["GET"])
-    app.add_api_route("/healthz", check_health, methods=["GET"])
+    app.add_api_route(LIVENESS, check_health, methods=["GET"])
+    add_jobs(app, jobs, settings)
+    add_docs(app)
+    add_studio(app)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(HTTPException, _answer)
-    app.add_middleware(_Boundary, sends_request_id=not behind_serve)
+    app.add_middleware(_Boundary, sends_request_id=not behind_serve, observer=observer)
     return app
 
 
@@ -78,11 +95,9 @@ class _Generator:
 
     def __init__(self, service: DrawingService, settings: ServeSettings, desk: OrderDesk) -> None:
         self._service, self._settings, self._desk = service, settings, desk
-        # Two prompts, each byte at worst a JSON escape of six, and room for the rest.
-        self._max_body_bytes = 12 * settings.max_prompt_bytes + 16_384
 
     async def generate(self, request: Request) -> Response:
-        order = await self._desk.take(await _read_body(request, self._max_body_bytes))
+        order = await self._desk.take(await read_body(request, self._settings.max_body_bytes))
         if order.asked.stream:
             return self._stream(order)
         drawings = await self._draw(request, order)
@@ -123,7 +138,7 @@ class _Generator:
                 )[0]
 
         return EventStream(
-            submit, order.event, translate,
+            submit, order.event, _explain,
             max_seconds=order.max_seconds, heartbeat_seconds=self._settings.heartbeat_seconds,
         )  # fmt: skip
 
@@ -144,32 +159,29 @@ def _describe(served: ServedModel) -> dict[str, Any]:
     }
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                raise ApiError(413, f"the body is larger than {max_bytes} bytes")
-    except ClientDisconnect as error:
-        raise ApiError(499, "the client went away") from error
-    return bytes(body)
+def _explain(error: Exception) -> ApiError:
+    """What a stream that has begun says of a failure."""
+    answer = translate(error)
+    note(reason=answer.reason)
+    return answer
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path[:200]}: {error.detail.lower()}"
         answer = ApiError(error.status_code, message)
+        note(reason=answer.reason)
         return JSONResponse(answer.body, error.status_code, headers=dict(error.headers or {}))
     assert isinstance(error, ApiError)
+    note(reason=error.reason)
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
 class _Boundary:
-    """Outermost: x-request-id on every answer, and an answer to every fault of ours."""
+    """Outermost: x-request-id on every answer, an answer to every fault of ours, and the log."""
 
-    def __init__(self, app: ASGIApp, sends_request_id: bool) -> None:
-        self._app, self._sends_request_id = app, sends_request_id
+    def __init__(self, app: ASGIApp, sends_request_id: bool, observer: Observer) -> None:
+        self._app, self._sends_request_id, self._observer = app, sends_request_id, observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -178,12 +190,17 @@ class _Boundary:
         given = Headers(scope=scope).get("x-request-id", "")
         valid = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         request_id = given if valid else f"req_{secrets.token_hex(12)}"
+        with logged(scope, request_id, self._observer):
+            await self._call(scope, receive, send, request_id)
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                note(status=message["status"])
                 if self._sends_request_id:
                     MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
@@ -195,5 +212,6 @@ class _Boundary:
             if started:
                 raise
             failure = ApiError(500, "an internal error; its request id is in the log")
+            note(reason=failure.reason)
             answer = JSONResponse(failure.body, failure.status, headers=failure.headers)
             await answer(scope, receive, send_with_id)

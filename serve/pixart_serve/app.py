@@ -18,6 +18,7 @@ from ray.serve.schema import LoggingConfig
 
 from pixart_platform.errors import PixartError
 from pixart_platform.registry import Registry
+from pixart_platform.storage import open_folder
 from pixart_serve.keys import ApiKeys
 from pixart_serve.replica import build_application
 from pixart_serve.settings import ServeSettings
@@ -37,17 +38,24 @@ def start(
     model_name: str,
     default_steps: int,
     default_guidance: float,
+    jobs: Path | None = None,
 ) -> str:
     """Serve what the alias names and return the base URL once it answers.
 
-    Ray must be initialised. Raises RegistryError for an unknown alias, KeysError for a file of
-    keys that cannot be used, ServiceError for a busy port or a version that no replica can load;
-    nothing is left running then.
+    Ray must be initialised. ``jobs`` is where drawing jobs are kept if the settings name no place.
+    Raises RegistryError for an unknown alias, KeysError for a file of keys that cannot be used,
+    StorageError for a place of jobs that cannot be written, ServiceError for a busy port or a
+    version that no replica can load; nothing is left running then.
     """
     check_port(settings)
     if settings.api_keys_file:
         ApiKeys(Path(settings.api_keys_file))
     Registry(registry_uri, model_name).get(settings.alias)
+    if settings.jobs or jobs:
+        place = open_folder(settings.jobs or str(jobs))
+        place.write("probe", b"")
+        place.delete("probe")
+        settings = settings.model_copy(update={"jobs": place.uri})  # replicas start elsewhere
     application = build_application(
         settings, registry_uri, model_name, default_steps, default_guidance
     )

@@ -8,7 +8,8 @@ anyone, gone after a screenshot.
 
 import difflib
 import io
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,11 @@ _Timestep = Annotated[float, Field(ge=0, le=NUM_TIMESTEPS, allow_inf_nan=False)]
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _EXIF_DESCRIPTION, _EXIF_SOFTWARE = 0x010E, 0x0131
 MAX_SEED = 2**63 - 1
+MAX_PICTURES = 10
+_REASONS = {
+    400: "bad_request", 404: "not_found", 405: "bad_method", 413: "too_large", 499: "client_gone",
+    500: "internal",
+}  # fmt: skip
 _SHOWN = 80  # characters of a bad value that an error repeats
 
 
@@ -47,11 +53,17 @@ class ApiError(Exception):
         }
 
     @property
+    def reason(self) -> str:
+        """For logs and counters: the code or, without one, what the status stands for."""
+        return self.body["error"]["code"] or _REASONS.get(self.status, str(self.status))
+
+    @property
     def headers(self) -> dict[str, str]:
         """Tells clients whether trying again makes sense; the official one obeys."""
         if self.retry_after_seconds is not None:
             return {"Retry-After": str(self.retry_after_seconds)}
-        return {"x-should-retry": "false"} if self.status == 429 or self.status >= 500 else {}
+        retried = self.status in (409, 429) or self.status >= 500  # by the official client
+        return {"x-should-retry": "false"} if retried else {}
 
 
 def _error_type(status: int) -> str:
@@ -68,7 +80,7 @@ class GenerationRequest(BaseModel):
     prompt: str = Field(min_length=1)
     model: str | None = None
     """The served model: its name, name@alias or name@version."""
-    n: Annotated[int, Field(ge=1, le=10)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
     size: str | None = None
     """``auto`` (the model's native size) or WIDTHxHEIGHT in pixels."""
     quality: Quality | None = None
@@ -104,14 +116,36 @@ class GenerationRequest(BaseModel):
         return interval
 
 
-def parse_generation(body: bytes) -> GenerationRequest:
+class JobRequest(GenerationRequest):
+    """The body of ``POST /v1/images/jobs``; null means unset."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: Literal[False] | None = None
+    partial_images: Literal[0] | None = None
+    max_wait_seconds: None = None
+
+
+Request = TypeVar("Request", bound=GenerationRequest)
+
+
+def parse_job(body: bytes) -> JobRequest:
     """Raises ApiError 400 for the first fault found."""
+    return _parse(body, JobRequest)
+
+
+def _parse(body: bytes, kind: type[Request]) -> Request:
     try:
-        asked = GenerationRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
         param = str(fault["loc"][0]) if fault["loc"] else None
-        raise ApiError(400, _explain(param, fault), param=param) from error
+        hint = (_JOB_HINTS if kind is JobRequest else _HINTS).get(param or "", "")
+        raise ApiError(400, _explain(param, fault) + hint, param=param) from error
+
+
+def parse_generation(body: bytes) -> GenerationRequest:
+    """Raises ApiError 400 for the first fault found."""
+    asked = _parse(body, GenerationRequest)
     if asked.stream and (asked.n or 1) > 1:
         raise ApiError(400, f"n = {asked.n}: a stream is of one picture; ask for each", param="n")
     if asked.partial_images and not asked.stream:
@@ -133,7 +167,7 @@ def _explain(param: str | None, fault: Any) -> str:
         near = difflib.get_close_matches(param, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"unknown field {_shorten(param)}; {hint}"
-    return f"{param} = {_shorten(fault['input'])}: {fault['msg']}{_HINTS.get(param, '')}"
+    return f"{param} = {_shorten(fault['input'])}: {fault['msg']}"
 
 
 def _shorten(value: object) -> str:
@@ -144,22 +178,50 @@ def _shorten(value: object) -> str:
 _HINTS = {
     "response_format": "; pictures are not kept, so there is no URL to give",
 }
+_JOB_HINTS = {
+    "response_format": "; pictures of a job are fetched one by one",
+    "stream": "; ask how far a job is with GET /v1/images/jobs/ID",
+    "partial_images": "; a job shows no previews",
+    "max_wait_seconds": "; a job waits until there is room, and can be cancelled",
+}
 
 
 def encode_picture(
     picture: NDArray[np.uint8], file_format: OutputFormat, quality: int, marks: dict[str, str]
 ) -> bytes:
-    """A picture (H, W, 3) uint8 as a file; ``quality`` 0-100 is for JPEG and WebP."""
+    """A picture (H, W, 3) uint8 as a file; ``quality`` 0-100 is for JPEG and WebP.
+
+    ``marks`` (Software, Model, Model-Version and Seed) are in it three times over: in PNG's text or
+    in EXIF, for people; and for machines in XMP, in the words of IPTC Photo Metadata 2025.1.
+    """
+    image, file, xmp = Image.fromarray(picture), io.BytesIO(), _xmp(marks)
     marks = {"Source": "AI-generated", "DigitalSourceType": _SOURCE_TYPE, **marks}
-    image, file = Image.fromarray(picture), io.BytesIO()
     if file_format == "png":
         info = PngInfo()
         for key, value in marks.items():
             info.add_text(key, value)
+        info.add_itxt("XML:com.adobe.xmp", xmp)
         image.save(file, "png", pnginfo=info)
         return file.getvalue()
     exif = Image.Exif()
-    exif[_EXIF_SOFTWARE] = "pixart-ray"
+    exif[_EXIF_SOFTWARE] = marks["Software"]
     exif[_EXIF_DESCRIPTION] = "; ".join(f"{key}: {value}" for key, value in marks.items())
-    image.save(file, file_format, quality=max(quality, 1), exif=exif)
+    image.save(file, file_format, quality=max(quality, 1), exif=exif, xmp=xmp.encode())
     return file.getvalue()
+
+
+def _xmp(marks: dict[str, str]) -> str:
+    """The packet, between the marks by which a program finds it in any file."""
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about=""'
+        ' xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
+        ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+        f" xmp:CreatorTool={quoteattr(marks['Software'])}"
+        f" Iptc4xmpExt:DigitalSourceType={quoteattr(_SOURCE_TYPE)}"
+        f" Iptc4xmpExt:AISystemUsed={quoteattr(marks['Model'])}"
+        f" Iptc4xmpExt:AISystemVersionUsed={quoteattr(marks['Model-Version'])}/>"
+        '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+    )

@@ -14,13 +14,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from pixart_serve.forecast import Load, Pace, predict_seconds
+from pixart_serve.observer import NOBODY, Observer
 from pixart_serve.prompts import PromptFeatures
 from pixart_serve.rows import (
     Drawing,
@@ -58,21 +60,30 @@ _Work = tuple[_Group, int, int]  # of one picture: its group, rows, and steps le
 class DrawingEngine:
     """Draws what is submitted until it is closed. All public methods are thread-safe."""
 
-    def __init__(self, *, max_rows: int, max_queued: int, stall_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_queued: int,
+        stall_seconds: float = 60.0,
+        observer: Observer = NOBODY,
+    ) -> None:
         """``max_rows`` (at least 2) bounds one batch, ``max_queued`` the pictures that wait;
         a turn that takes longer than ``stall_seconds`` counts as unhealthy."""
         assert max_rows >= 2, "a guided picture takes two rows"
         self._max_rows, self._max_queued, self._stall_seconds = max_rows, max_queued, stall_seconds
+        self._observer = observer
         self._changed = threading.Condition()
         self._waiting: list[Ticket] = []
         self._active: dict[_Group, list[Row]] = {}  # the engine thread's own, in order of turns
         self._in_flight: list[_Work] = []  # as of this turn, for threads that ask
         self._num_decoding = 0
+        self._unfinished: set[Future[Drawing]] = set()
         self._live: LoadedVersion | None = None
         self._closed = False
         self._busy_since: dict[str, float] = {}  # by thread, while it works
         self._pace, self._decoding_pace = Pace(), Pace()
-        self._prompts = PromptFeatures()
+        self._prompts = PromptFeatures(observer=observer)
         self._decodings: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
@@ -89,7 +100,8 @@ class DrawingEngine:
     def activate(self, version: LoadedVersion) -> None:
         """Begin new rows on ``version``; rows in flight finish on the weights they began with."""
         with self._changed:
-            self._live = version
+            before, self._live = self._live, version
+        self._observer.activated(version.number, swapped=before is not None)
 
     def submit(self, request: DrawRequest) -> "Future[Drawing]":
         """Queue one picture. Raises QueueFull or NotReady."""
@@ -124,7 +136,12 @@ class DrawingEngine:
                 raise QueueFull(len(self._waiting), self._seconds_until_left(num_over))
             if max_seconds < math.inf:
                 self._check_time(requests, version or self._live, max_seconds)
-            return self._enqueue([Ticket(r, Future(), version, on_preview) for r in requests])
+            tickets = [Ticket(r, Future(), version, on_preview) for r in requests]
+            futures = self._enqueue(tickets)
+            self._unfinished.update(futures)
+        for ticket in tickets:
+            ticket.future.add_done_callback(partial(self._note_end, ticket.asked_at))
+        return futures
 
     def try_out(self, version: LoadedVersion, request: DrawRequest) -> "Future[Drawing]":
         """Draw with ``version`` between the live one's rows, before it is activated.
@@ -139,6 +156,17 @@ class DrawingEngine:
             raise NotReady("no version is live yet")
         return self._prompts.count_tokens(self._live.drawer.text_encoder, prompt)
 
+    def queue_fullness(self) -> float:
+        """The share, of 0 to 1, of the places in the queue that are taken."""
+        return min(len(self._waiting) / self._max_queued, 1.0)
+
+    def num_free_rows(self) -> int:
+        """Rows of a batch that nobody draws or waits for."""
+        with self._changed:
+            waiting = sum(ticket.request.num_rows for ticket in self._waiting)
+            drawing = sum(num_rows for _, num_rows, _ in self._in_flight)
+        return max(self._max_rows - waiting - drawing, 0)
+
     def backlog_seconds(self) -> float:
         """How long the work that is here will take, at the pace measured so far."""
         with self._changed:
@@ -152,6 +180,15 @@ class DrawingEngine:
         oldest = min(self._busy_since.copy().values(), default=math.inf)
         stuck = time.monotonic() - oldest > self._stall_seconds
         return all(thread.is_alive() for thread in self._threads) and not stuck
+
+    def give_up(self) -> None:
+        """If it is stuck for good: tell those who wait with NotReady, and accept nobody."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        for future in list(self._unfinished):
+            with suppress(InvalidStateError):  # it was finished, or cancelled, just now
+                future.set_exception(NotReady("the drawing engine is stuck"))
 
     def close(self, timeout_seconds: float = 10.0) -> None:
         """Stop after the present turn, decode what is drawn, fail what is left with NotReady."""
@@ -168,6 +205,15 @@ class DrawingEngine:
             self._waiting.extend(tickets)
             self._changed.notify()
         return [ticket.future for ticket in tickets]
+
+    def _note_end(self, asked_at: float, future: "Future[Drawing]") -> None:
+        self._unfinished.discard(future)
+        if future.cancelled():
+            self._observer.cancelled()
+        elif future.exception():
+            self._observer.failed()
+        else:
+            self._observer.drawn(future.result().version, time.monotonic() - asked_at)
 
     def _loads(self) -> dict[_Group, Load]:
         """The work that is here, by group."""
@@ -265,19 +311,21 @@ class DrawingEngine:
         for row in rows:
             group = (row.version, row.request.width, row.request.height)
             self._active.setdefault(group, []).append(row)
+            self._observer.waited(self._busy_since["drawing"] - row.asked_at)
 
     def _take_turn(self) -> None:
         """One step of the group that waited longest; it goes to the back of the line."""
         if not self._active:
             return
-        group = next(iter(self._active))
+        group, began = next(iter(self._active)), time.monotonic()
         rows = isolate(self._active.pop(group), step_rows)
         if going := [row for row in rows if row.num_steps_left]:
             self._active[group] = going
         num_rows = sum(row.request.num_rows for row in rows)
         if num_rows:
-            seconds = time.monotonic() - self._busy_since["drawing"]
-            self._pace.observe(num_rows * group[1] * group[2], seconds)
+            now = time.monotonic()
+            self._pace.observe(num_rows * group[1] * group[2], now - self._busy_since["drawing"])
+            self._observer.stepped(group[1], group[2], num_rows, now - began)
         shown = [row for row in rows if row.on_preview and row.step in row.request.preview_steps]
         done = [row for row in rows if not row.num_steps_left]
         with self._changed:
@@ -285,14 +333,17 @@ class DrawingEngine:
         for start in range(0, len(shown), _MAX_DECODED):
             some = shown[start : start + _MAX_DECODED]
             indices = [row.request.preview_steps.index(row.step) for row in some]
-            self._decodings.put(partial(show_rows, some, [row.x0 for row in some], indices))
+            x0 = [row.x0 for row in some]
+            self._decodings.put(partial(show_rows, some, x0, indices, self._observer))
         for start in range(0, len(done), _MAX_DECODED):
             self._decodings.put(partial(self._finish, done[start : start + _MAX_DECODED]))
 
     def _finish(self, rows: list[Row]) -> None:
         pixels = sum(row.request.width * row.request.height for row in rows)
         isolate(rows, finish_rows)
-        self._decoding_pace.observe(pixels, time.monotonic() - self._busy_since["decoding"])
+        seconds = time.monotonic() - self._busy_since["decoding"]
+        self._decoding_pace.observe(pixels, seconds)
+        self._observer.decoded("picture", seconds)
         with self._changed:
             self._num_decoding -= len(rows)
 

@@ -64,6 +64,11 @@ class Follower:
         """The version the alias names now that was found bad; moving the alias clears it."""
         return self._refused.get(self._alias)
 
+    @property
+    def aliases(self) -> dict[str, int]:
+        """Version number by alias, as the registry last said; empty until it was looked at."""
+        return self._aliases
+
     def load_first(self) -> None:
         """Go live with what the alias names. Raises RegistryError or VersionRefused."""
         self._engine.activate(self.versions.load(self._registry.get(self._alias), ()))

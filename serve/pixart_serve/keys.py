@@ -20,10 +20,13 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pixart_platform.errors import PixartError
+from pixart_serve import studio
+from pixart_serve.access import note
 from pixart_serve.contract import ApiError
 from pixart_serve.usage import Accounts, caller
 
 LIVENESS = "/healthz"
+OPEN = frozenset({LIVENESS, *studio.PATHS})  # the page holds no data, and asks with a key
 _LOG = logging.getLogger(__name__)
 _LINE = re.compile(r"([\w.-]{1,64}):([0-9a-f]{32}):([0-9a-f]{64})", re.ASCII)
 _MAX_KEY = 256  # characters; ours have 46
@@ -69,6 +72,11 @@ class ApiKeys:
                     found = name
         return found
 
+    def knows(self, name: str) -> bool:
+        """Whether there is a key of that name (still)."""
+        self._refresh()
+        return name in self._keys
+
     def _refresh(self) -> None:
         """Read a file that changed; while it cannot be used, the keys of before stay good."""
         stamp = self._look()
@@ -110,10 +118,11 @@ class ApiKeys:
 
 
 def require_keys(app: FastAPI, keys: ApiKeys, accounts: Accounts) -> None:
-    """From now on ``app`` answers those with a key only, on every path but liveness.
+    """From now on ``app`` answers those with a key only, on every path but liveness and the page.
 
     The check is the innermost middleware: those around it give refusals their request id.
     """
+    app.state.wants_key = True
     app.user_middleware.append(Middleware(_KeyCheck, keys=keys, accounts=accounts))
 
 
@@ -122,7 +131,7 @@ class _KeyCheck:
         self._app, self._keys, self._accounts = app, keys, accounts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope.get("path") == LIVENESS:
+        if scope["type"] == "lifespan" or scope.get("path") in OPEN:
             await self._app(scope, receive, send)
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -132,6 +141,7 @@ class _KeyCheck:
             return
         account = self._accounts.of(name)
         account.num_requests += 1
+        note(key=name)
         token = caller.set(account)
         try:
             await self._app(scope, receive, send)
@@ -150,5 +160,6 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
         "client) with one that is known here",
         code="invalid_api_key",
     )
+    note(reason=refusal.reason)
     headers = {"WWW-Authenticate": "Bearer"}
     await JSONResponse(refusal.body, refusal.status, headers=headers)(scope, receive, send)

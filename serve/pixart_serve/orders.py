@@ -4,18 +4,26 @@ Every limit is checked here, at once and by name: a request that would be cut sh
 given up later is refused now. What the engine says of a failure becomes an answer here too.
 """
 
+import asyncio
 import base64
 import logging
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pixart_models.config import ModelInputError
 from pixart_models.drawing import EVERYWHERE
-from pixart_serve.contract import ApiError, GenerationRequest, encode_picture, parse_generation
+from pixart_serve.access import note
+from pixart_serve.contract import (
+    MAX_PICTURES,
+    ApiError,
+    GenerationRequest,
+    encode_picture,
+    parse_generation,
+)
 from pixart_serve.engine import (
     Drawing,
     DrawRequest,
@@ -25,6 +33,8 @@ from pixart_serve.engine import (
     QueueFull,
     TooLate,
 )
+from pixart_serve.filters import Filters, load_filters
+from pixart_serve.observer import NOBODY, Observer
 from pixart_serve.service import DrawingService, ServedModel
 from pixart_serve.settings import ServeSettings
 
@@ -43,6 +53,8 @@ class Order:
     num_tokens: int
     wanted: list[DrawRequest]
     max_seconds: float
+    filters: Filters = field(repr=False)
+    observer: Observer = field(default=NOBODY, repr=False)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -68,8 +80,9 @@ class Order:
             "total_tokens": self.num_tokens + num_image_tokens,
         }
 
-    def entry(self, drawing: Drawing) -> dict[str, Any]:
-        """One element of ``data``."""
+    def file(self, drawing: Drawing) -> bytes:
+        """The picture in the format asked for. Raises ApiError if it must not be sent."""
+        self.filters.check_picture(drawing.picture)
         asked = self.asked
         marks = {
             "Software": "pixart-ray",
@@ -78,7 +91,15 @@ class Order:
             "Seed": str(drawing.seed),
         }
         quality = 100 if asked.output_compression is None else asked.output_compression
-        file = encode_picture(drawing.picture, asked.output_format or "png", quality, marks)
+        file_format, began = asked.output_format or "png", time.monotonic()
+        file = encode_picture(drawing.picture, file_format, quality, marks)
+        self.observer.encoded_picture(file_format, time.monotonic() - began)
+        return file
+
+    def entry(self, drawing: Drawing) -> dict[str, Any]:
+        """One element of ``data``. Raises ApiError for a picture that must not be sent."""
+        file = self.file(drawing)
+        note(version=drawing.version)
         return {
             "b64_json": base64.b64encode(file).decode(),
             "seed": drawing.seed,
@@ -104,24 +125,55 @@ class OrderDesk:
         *,
         default_steps: int,
         default_guidance: float,
+        observer: Observer = NOBODY,
     ) -> None:
-        self._service, self._settings = service, settings
+        """Raises FilterError."""
+        self._service, self._settings, self._observer = service, settings, observer
         self._steps, self._guidance = default_steps, default_guidance
+        self._filters = load_filters(settings)
+
+    def describe(self, served: ServedModel) -> dict[str, Any]:
+        """What can be asked of a model, for a page that asks: sides in pixels, and who draws."""
+        limits = self._settings
+        return {
+            "side": served.side,
+            "grid": served.grid,
+            "max_side": limits.max_side,
+            "max_pictures": min(limits.max_queued, MAX_PICTURES),
+            "max_steps": limits.max_steps,
+            "default_steps": min(self._steps, limits.max_steps),
+            "default_guidance": self._guidance,
+            "versions": self._service.versions(),
+        }
 
     async def take(self, body: bytes) -> Order:
         """Everything that can be judged before any work. Raises ApiError."""
-        asked = parse_generation(body)
+        asked, most = parse_generation(body), self._settings.max_queued
+        if (asked.n or 1) > most:
+            raise ApiError(400, f"n = {asked.n}: at most {most} here", param="n")
+        return await self.judge(asked)
+
+    async def judge(self, asked: GenerationRequest) -> Order:
+        """The same, whatever the number of pictures."""
+        negative = asked.negative_prompt or ""
+        self._check_bytes("prompt", asked.prompt)
+        self._check_bytes("negative_prompt", negative)
+        if self._filters.prompt:
+            await asyncio.to_thread(self._filters.check_prompt, asked.prompt, negative)
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         with translated():
             served = await self._service.find(asked.model, seed)
         width, height = self._size(asked, served)
         num_tokens = await self._count_tokens("prompt", asked.prompt, served)
-        await self._count_tokens("negative_prompt", asked.negative_prompt or "", served)
+        await self._count_tokens("negative_prompt", negative, served)
         self._check_compression(asked)
         wanted = self._requests(asked, seed, width, height)
         limit = self._settings.max_wait_seconds
         max_seconds = min(asked.max_wait_seconds or limit, limit)
-        return Order(asked, served, num_tokens, wanted, max_seconds)
+        note(size=f"{width}x{height}", steps=wanted[0].steps, n=len(wanted))
+        if self._settings.log_prompts:
+            note(prompt=asked.prompt, negative_prompt=negative)
+        return Order(asked, served, num_tokens, wanted, max_seconds, self._filters, self._observer)
 
     def _size(self, asked: GenerationRequest, served: ServedModel) -> tuple[int, int]:
         """(width, height) in pixels."""
@@ -141,13 +193,15 @@ class OrderDesk:
             param="size",
         )
 
-    async def _count_tokens(self, param: str, prompt: str, served: ServedModel) -> int:
-        """Tokens of a prompt that will be read to its end."""
+    def _check_bytes(self, param: str, prompt: str) -> None:
         num_bytes, most = len(prompt.encode()), self._settings.max_prompt_bytes
         if num_bytes > most:
             raise ApiError(
                 400, f"{param} has {num_bytes} bytes; the maximum is {most}", param=param
             )
+
+    async def _count_tokens(self, param: str, prompt: str, served: ServedModel) -> int:
+        """Tokens of a prompt that will be read to its end."""
         num_tokens = await self._service.count_tokens(prompt)
         if num_tokens > served.max_tokens:
             raise ApiError(
@@ -172,10 +226,6 @@ class OrderDesk:
         self, asked: GenerationRequest, seed: int, width: int, height: int
     ) -> list[DrawRequest]:
         num_pictures, limits = asked.n or 1, self._settings
-        if num_pictures > limits.max_queued:
-            raise ApiError(
-                400, f"n = {num_pictures}: at most {limits.max_queued} here", param="n"
-            )  # fmt: skip
         effort = _EFFORT.get(asked.quality or "auto", 1.0)
         preset = min(max(round(self._steps * effort), 1), limits.max_steps)
         steps = asked.num_inference_steps or preset
@@ -191,7 +241,7 @@ class OrderDesk:
                 asked.prompt, seed + i, steps, guidance, width, height,
                 negative_prompt=asked.negative_prompt or "",
                 guidance_interval=asked.guidance_interval or EVERYWHERE,
-                num_previews=asked.partial_images or 0,
+                num_previews=0 if self._filters.picture else asked.partial_images or 0,
             )
             for i in range(num_pictures)
         ]  # fmt: skip

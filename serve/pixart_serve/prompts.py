@@ -8,12 +8,14 @@ Legend: L text tokens, Dt text width.
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 
 from torch import Tensor
 
 from pixart_models.text import TextEncoder
+from pixart_serve.observer import NOBODY, Observer
 
 _CAPACITY = 256  # prompts; T5-XXL's features are about 1 MB each
 
@@ -21,8 +23,8 @@ _CAPACITY = 256  # prompts; T5-XXL's features are about 1 MB each
 class PromptFeatures:
     """A least-recently-used cache in front of text encoders."""
 
-    def __init__(self, capacity: int = _CAPACITY) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int = _CAPACITY, observer: Observer = NOBODY) -> None:
+        self._capacity, self._observer = capacity, observer
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
 
@@ -39,8 +41,10 @@ class PromptFeatures:
                     self._kept.move_to_end((encoder.digest, prompt))
                     found[prompt] = features
             if missing:
+                began = time.monotonic()
                 for prompt, features in zip(missing, encoder.encode(missing), strict=True):
                     found[prompt] = self._kept[encoder.digest, prompt] = features
+                self._observer.encoded_text(time.monotonic() - began)
             while len(self._kept) > self._capacity:
                 self._kept.popitem(last=False)
         return found

@@ -13,17 +13,20 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
 from pixart_platform.registry import Registry
+from pixart_serve.access import open_log
 from pixart_serve.api import build_api
 from pixart_serve.engine import DrawingEngine
 from pixart_serve.follower import Follower
 from pixart_serve.keys import ApiKeys, require_keys
+from pixart_serve.metrics import ReplicaMetrics
+from pixart_serve.scaling import BACKLOG, FULLNESS, replica_options
 from pixart_serve.service import EngineService
 from pixart_serve.settings import ServeSettings
 from pixart_serve.usage import Accounts
 
 _BURST_REQUESTS = 256  # being refused, asking for health or models; more than this Serve refuses
-_SHUTDOWN_SECONDS = 60.0  # for what was accepted; Serve's own 20 s is less than a long queue
 _RETRY_AFTER_SECONDS = 5.0
+_MAX_FAILED_CHECKS = 3  # in a row, after which Serve replaces a replica
 
 
 class Replica:
@@ -39,10 +42,14 @@ class Replica:
     ) -> None:
         self._settings = settings
         self._steps, self._guidance = default_steps, default_guidance
+        self._num_failed_checks = 0
+        self._metrics = ReplicaMetrics()
+        open_log()
         self._engine = DrawingEngine(
             max_rows=settings.max_rows,
             max_queued=settings.max_queued,
             stall_seconds=settings.stall_seconds,
+            observer=self._metrics,
         )
         self._keys = ApiKeys(Path(settings.api_keys_file)) if settings.api_keys_file else None
         self._follower = Follower(
@@ -61,21 +68,36 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the application after construction: it needs this very engine."""
+        accounts = Accounts(self._settings.key_units_per_minute, observer=self._metrics)
         api = build_api(
             self._service,
             self._settings,
             default_steps=self._steps,
             default_guidance=self._guidance,
             behind_serve=True,
+            observer=self._metrics,
+            accounts=accounts,
+            knows_key=self._keys.knows if self._keys else None,
         )
         if self._keys:
-            require_keys(api, self._keys, Accounts(self._settings.key_units_per_minute))
+            require_keys(api, self._keys, accounts)
         return api
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         if not self._engine.is_healthy():
+            self._num_failed_checks += 1
+            if self._num_failed_checks >= _MAX_FAILED_CHECKS:
+                self._engine.give_up()  # or Serve would wait for those who wait for it
             raise RuntimeError("the drawing engine is stuck or dead")
+        self._num_failed_checks = 0
+        self._metrics.expect(self._engine.backlog_seconds())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands on to the policy."""
+        return {
+            BACKLOG: self._engine.backlog_seconds(), FULLNESS: self._engine.queue_fullness(),
+        }  # fmt: skip
 
     def __del__(self) -> None:
         """Serve calls this once what was accepted has been answered."""
@@ -94,14 +116,13 @@ def build_application(
     """The deployment, bound to what its replicas are constructed with."""
     deploy = serve.deployment(
         name="drawing",
-        num_replicas=settings.num_replicas,
+        **replica_options(settings),
         # One CPU: Ray gives torch as many threads as an actor has CPUs.
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus},
         max_ongoing_requests=settings.max_rows + settings.max_queued + _BURST_REQUESTS,
         max_queued_requests=_BURST_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_AFTER_SECONDS),
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=_SHUTDOWN_SECONDS,
         health_check_period_s=5,
         health_check_timeout_s=30,
         max_constructor_retry_count=1,

@@ -33,6 +33,7 @@ from pixart_models.drawing import (
     predict,
 )
 from pixart_models.solvers import Schedule, build_schedule, solver_step
+from pixart_serve.observer import Observer
 from pixart_serve.prompts import PromptFeatures
 
 _LOG = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ class Ticket:
     future: "Future[Drawing]"
     version: LoadedVersion | None
     on_preview: Callable[[Preview], None] | None
+    asked_at: float = field(default_factory=time.monotonic, kw_only=True)
 
     @property
     def num_steps_left(self) -> int:
@@ -186,7 +188,7 @@ def begin_rows(tickets: Sequence[Ticket], prompts: PromptFeatures) -> list[Row]:
             rows.append(
                 Row(
                     request=request, future=ticket.future, version=version,
-                    on_preview=ticket.on_preview,
+                    on_preview=ticket.on_preview, asked_at=ticket.asked_at,
                     features=features[request.prompt],
                     negative=features[request.negative_prompt],
                     guidance=Guidance(request.guidance, request.guidance_interval),
@@ -229,11 +231,13 @@ def finish_rows(rows: Sequence[Row]) -> None:
         number = row.version.number
         if not good:
             fail(row, NonFiniteDrawing(f"version {number} drew non-finite latents"))
-        elif row.future.set_running_or_notify_cancel():
+        elif _is_waited_for(row):
             row.future.set_result(Drawing(picture, row.request.seed, number))
 
 
-def show_rows(rows: Sequence[Row], x0: Sequence[Tensor], indices: Sequence[int]) -> None:
+def show_rows(
+    rows: Sequence[Row], x0: Sequence[Tensor], indices: Sequence[int], observer: Observer
+) -> None:
     """Decode what rows looked like (C, h, w) each, and show it to who still waits.
 
     A preview that fails is left out and the picture goes on: it was never promised.
@@ -241,13 +245,17 @@ def show_rows(rows: Sequence[Row], x0: Sequence[Tensor], indices: Sequence[int])
     wanted = [i for i, row in enumerate(rows) if not row.future.done()]
     if not wanted:
         return
+    began = time.monotonic()
     try:
         latents = torch.nan_to_num(torch.stack([x0[i] for i in wanted]))  # (B, C, h, w)
         pictures = rows[0].version.drawer.autoencoder.decode(latents)  # (B, H, W, 3)
+        observer.decoded("preview", time.monotonic() - began)
         for i, picture in zip(wanted, pictures, strict=True):
             row = rows[i]
             assert row.on_preview is not None
             row.on_preview(Preview(picture, row.request.seed, row.version.number, indices[i]))
+            if indices[i] == 0:
+                observer.previewed(time.monotonic() - row.asked_at)
     except Exception:
         _LOG.exception("a preview failed")
 
@@ -281,5 +289,12 @@ def fail(ticket: Ticket, error: Exception) -> None:
         failure = DrawingFailed(f"{type(error).__name__}: {error}")
         failure.__cause__ = error
         error = failure
-    if ticket.future.set_running_or_notify_cancel():
+    if _is_waited_for(ticket):
         ticket.future.set_exception(error)
+
+
+def _is_waited_for(ticket: Ticket) -> bool:
+    """Whether its future is to be ended now: it was neither cancelled nor given up."""
+    future = ticket.future
+    given_up = future.done() and not future.cancelled()
+    return not given_up and future.set_running_or_notify_cancel()

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from pixart_serve.contract import ApiError
 from pixart_serve.engine import (
@@ -51,7 +51,15 @@ class DrawingService(Protocol):
         """The live model. Raises NotReady."""
         ...
 
+    def versions(self) -> list[dict[str, Any]]:
+        """Numbers that are at hand or have an alias, newest first, each with its aliases."""
+        ...
+
     def is_healthy(self) -> bool: ...
+
+    def num_free_rows(self) -> int:
+        """Rows of a batch that nobody draws or waits for."""
+        ...
 
     async def count_tokens(self, prompt: str) -> int:
         """Tokens before any truncation. Raises NotReady."""
@@ -141,8 +149,22 @@ class EngineService:
             pinned=version if pinned else None,
         )
 
+    def versions(self) -> list[dict[str, Any]]:
+        live = self._live().number
+        aliases, numbers = {self._alias: live}, {live}
+        if self._follower:  # what the alias names may not be live yet, or never: it was refused
+            aliases = self._follower.aliases | aliases
+            numbers.update(self._follower.versions.numbers)
+        names: dict[int, list[str]] = {number: [] for number in numbers}
+        for alias, number in sorted(aliases.items()):
+            names.setdefault(number, []).extend([] if alias.isdecimal() else [alias])
+        return [{"version": n, "aliases": names[n]} for n in sorted(names, reverse=True)]
+
     def is_healthy(self) -> bool:
         return self._engine.is_healthy()
+
+    def num_free_rows(self) -> int:
+        return self._engine.num_free_rows()
 
     async def count_tokens(self, prompt: str) -> int:
         return await asyncio.to_thread(self._engine.count_tokens, prompt)

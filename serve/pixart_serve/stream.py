@@ -12,7 +12,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from fastapi import Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from pixart_serve.contract import ApiError
@@ -88,6 +90,19 @@ async def wait_for_disconnect(receive: Receive) -> None:
     """Returns when the client is gone. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, whose size is bounded while it arrives. Raises ApiError."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise ApiError(413, f"the body is larger than {max_bytes} bytes")
+    except ClientDisconnect as error:
+        raise ApiError(499, "the client went away") from error
+    return bytes(body)
 
 
 def _encode(event: dict[str, Any]) -> bytes:

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from pixart_serve.access import note
 from pixart_serve.contract import ApiError
 from pixart_serve.engine import DrawRequest
+from pixart_serve.observer import NOBODY, Observer
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Account:
     name: str
     units_per_minute: int
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+    observer: Observer = field(default=NOBODY, repr=False)
     num_requests: int = 0
     num_refused: int = 0
     num_pictures: int = 0
@@ -40,13 +43,14 @@ class Account:
 
     def take(self, cost: int) -> None:
         """Take ``cost`` out of the bucket. Raises ApiError 400 or 429."""
-        limit, now = self.units_per_minute, self.clock()
+        limit = self.units_per_minute
         if not limit:
             return
-        refill = (now - self._filled_at) * limit / 60
-        self.available, self._filled_at = min(self.available + refill, limit), now
-        if cost > limit:
+        self._refill()
+        if cost > self.available:
             self.num_refused += 1
+            self.observer.refused_key(self.name)
+        if cost > limit:
             raise ApiError(
                 400,
                 f"the request costs {cost} units (rows x steps x image tokens) and this key has "
@@ -54,7 +58,6 @@ class Account:
                 code="cost_limit_exceeded",
             )
         if cost > self.available:
-            self.num_refused += 1
             wait = math.ceil((cost - self.available) * 60 / limit)
             raise ApiError(
                 429,
@@ -65,6 +68,16 @@ class Account:
             )
         self.available -= cost
 
+    def has_spare(self, cost: int) -> bool:
+        """Whether half a minute's worth is left after ``cost``, or all of it is there."""
+        self._refill()
+        return self.available >= min(cost + self.units_per_minute / 2, self.units_per_minute)
+
+    def _refill(self) -> None:
+        limit, now = self.units_per_minute, self.clock()
+        refill = (now - self._filled_at) * limit / 60
+        self.available, self._filled_at = min(self.available + refill, limit), now
+
 
 caller: ContextVar[Account | None] = ContextVar("caller", default=None)
 
@@ -72,13 +85,18 @@ caller: ContextVar[Account | None] = ContextVar("caller", default=None)
 class Accounts:
     """The account of every key that has been used."""
 
-    def __init__(self, units_per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._units_per_minute, self._clock = units_per_minute, clock
+    def __init__(
+        self,
+        units_per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
+        observer: Observer = NOBODY,
+    ) -> None:
+        self._units_per_minute, self._clock, self._observer = units_per_minute, clock, observer
         self._by_name: dict[str, Account] = {}
 
     def of(self, name: str) -> Account:
         if name not in self._by_name:
-            self._by_name[name] = Account(name, self._units_per_minute, self._clock)
+            self._by_name[name] = Account(name, self._units_per_minute, self._clock, self._observer)
         return self._by_name[name]
 
     def __iter__(self) -> Iterator[Account]:
@@ -96,11 +114,11 @@ def charged(requests: Sequence[DrawRequest], grid: int) -> Iterator[None]:
 
     Raises ApiError 429 with a time to come back, or 400 for what is beyond a whole minute.
     """
-    account = caller.get()
+    account, cost = caller.get(), cost_of(requests, grid)
+    note(units=cost)
     if account is None:
         yield
         return
-    cost = cost_of(requests, grid)
     account.take(cost)
     try:
         yield
@@ -109,3 +127,4 @@ def charged(requests: Sequence[DrawRequest], grid: int) -> Iterator[None]:
         raise
     account.num_pictures += len(requests)
     account.num_units += cost
+    account.observer.charged(account.name, len(requests), cost)
