@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chaos_s3 import ChaosS3, endpoint
 from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 from processes import REPOSITORY
@@ -258,6 +259,20 @@ def test_a_killed_replica_loses_nothing(root: Folder, start: Start) -> None:
         assert file == kept.get(k, file)
         assert np.abs(pixels(file) - alone(heir.drawer, 5 + k, steps=20)).max() <= 1
     replica.close()
+
+
+def test_a_job_is_done_whatever_its_storage_does(bucket: Folder, start: Start) -> None:
+    """A quarter of all calls go wrong, in every way S3 knows."""
+    with ChaosS3(0.25, 3, stall_seconds=[0.2]) as server, endpoint(server.uri):
+        replicas = [start(bucket, job_lease_seconds=5.0) for _ in range(2)]
+        job = replicas[0].create(n=PART_PICTURES + 4, name="k").json()
+        done = replicas[1].finish(job)
+        for replica in replicas:
+            replica.leave()
+    assert server.faults.total() >= 5
+    assert (done["status"], done["num_done"]) == ("completed", PART_PICTURES + 4)
+    for k, file in enumerate(replicas[0].files(job)):
+        assert np.abs(pixels(file) - alone(replicas[0].drawer, 5 + k)).max() <= 1
 
 
 def test_a_replica_that_closes_hands_over_at_once(root: Folder, start: Start) -> None:

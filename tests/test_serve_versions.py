@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import io
 import shutil
 import threading
 import weakref
@@ -9,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from PIL import Image
 from test_serve_engine import ask, assert_drawn_as_alone, eventually
 from test_serve_follower import Family, flip_one_bit
 from test_serve_snapshots import Gate, build_drawer, write_snapshot
@@ -357,3 +360,29 @@ def test_a_replica_does_what_its_settings_say(family: Family) -> None:
     assert client.get("/v1/models").status_code == 401
     eventually(lambda: version_of("digits") == 2)
     assert [version_of(f"digits@{tail}") for tail in ("champion", "3", "next")] == [1, 3, 2]
+
+
+def test_a_job_keeps_the_version_it_was_ordered_from(family: Family, tmp_path: Path) -> None:
+    """Ordered while 1 was live, drawn when 2 is."""
+    settings = ServeSettings(max_rows=4, max_queued=8, jobs=str(tmp_path / "jobs"))
+
+    def build() -> TestClient:
+        app = build_api(service_of(family), settings, default_steps=2, default_guidance=2.5)
+        return TestClient(app)
+
+    body = {"prompt": "a red three", "n": 3, "seed": 5}
+    job = build().post("/v1/images/jobs", json=body).json()
+    family.promote(family.registry.get("2"))
+    family.follower.poll()
+    live = family.engine.live
+    assert live is not None
+    assert live.number == 2
+    with build() as client:
+        path = f"/v1/images/jobs/{job['id']}"
+        eventually(lambda: client.get(path).json()["status"] == "completed")
+        assert client.get(path).json()["model_version"] == 1
+        for k in range(3):
+            picture: Any = Image.open(io.BytesIO(client.get(f"{path}/images/{k}").content))
+            assert picture.text["Model-Version"] == "1"
+            expected = build_drawer(1).draw(["a red three"], [5 + k], steps=2, guidance=2.5)[0]
+            assert np.abs(np.asarray(picture).astype(int) - expected).max() <= 1

@@ -24,6 +24,11 @@ h2 { margin-top: 2.5rem; } h3 { font: 600 1rem ui-monospace, monospace; }
 b { text-transform: uppercase; } code { font-size: .9em; }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; }
 td, th { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; vertical-align: top; }
+td p { margin: 0; }
+@media (max-width: 40rem) {
+  th { display: none; } tr { border-bottom: 1px solid var(--line); }
+  tr, td { display: block; border: 0; padding: .1rem 0; }
+}
 """
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 _LIMITS = {
@@ -69,7 +74,8 @@ def render(document: Mapping[str, Any]) -> str:
         f"{key if 'security' in document else ''}"
         f'<p>The same for programs: <a href="openapi.json">openapi.json</a>'
         f"<h2>Routes</h2>{operations}"
-        f"<h2>Shapes</h2>{''.join(_shape(name, schemas[name]) for name in schemas)}</html>"
+        f"<h2>Shapes</h2><p>Fields with * are required, or always there."
+        f"{''.join(_shape(name, schemas[name]) for name in schemas)}</html>"
     )
 
 
@@ -114,7 +120,7 @@ def _table(rows: list[tuple[str, str, str]]) -> str:
         f"<tr><td><code>{escape(name)}</code><td>{kind}<td>{_text(about)}"
         for name, kind, about in rows
     )
-    return f"<table><tr><th>name (* required)<th>type<th>{lines}</table>"
+    return f"<table><tr><th>name<th>type<th>{lines}</table>"
 
 
 def _type(schema: Mapping[str, Any]) -> str:

@@ -11,11 +11,8 @@ pay for a while, and when this replica closes, so that others can go on at once.
 
 import asyncio
 import logging
-import math
-import secrets
-import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -26,16 +23,8 @@ from pixart_models.config import ModelInputError
 from pixart_platform.errors import StorageError
 from pixart_serve.contract import ApiError
 from pixart_serve.engine import Drawing, DrawingFailed, DrawRequest, QueueFull
-from pixart_serve.job_store import (
-    END,
-    Ending,
-    Entry,
-    Fault,
-    Job,
-    JobStore,
-    Lease,
-    UnreadableOrder,
-)
+from pixart_serve.job_store import Ending, Fault, Job, JobStore, Lease
+from pixart_serve.job_watch import JobWatch
 from pixart_serve.orders import Order, OrderDesk, translate
 from pixart_serve.service import DrawingService
 from pixart_serve.settings import ServeSettings
@@ -46,9 +35,7 @@ _LOOK_SECONDS = 2.0  # between looks at the jobs, which take a listing each
 _ROOM_SECONDS = 0.05  # between looks for free rows; about a step
 _PATIENCE = 10  # looks at what a key can spare before its part is let go
 _MAX_PARTS = 2  # while the last pictures of one are drawn, the next one begins
-_MAX_LOST = 10  # replicas, over one part, before that is held against its job
 _THREADS = 8
-_State = Mapping[str, str]  # tags of state files by name
 _Result = TypeVar("_Result")
 
 
@@ -66,21 +53,15 @@ class JobRunner:
     ) -> None:
         """``accounts`` pay for what is drawn; with ``knows_key`` jobs of other keys fail."""
         self._store, self._service, self._desk, self._settings = store, service, desk, settings
-        self._accounts, self._knows_key = accounts, knows_key
+        self._accounts = accounts
+        self._watch = JobWatch(
+            store, settings.job_lease_seconds, settings.job_keep_seconds, knows_key
+        )
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="jobs")
         self._changed, self._freed = asyncio.Event(), asyncio.Event()
         self._parts: dict[Lease, asyncio.Task[None]] = {}
         self._num_rows = 0  # of all parts, in the engine or on their way
         self._num_storing = 0  # pictures
-        self._beat = 0
-        self._leases: set[Lease] | None = set()  # what is to be released; None at the end
-        self._leasing = threading.Lock()  # a lease must not be renewed when it was released
-        # The rest belongs to the thread that looks.
-        self._orders: dict[str, Job] = {}  # unfinished, by token
-        self._expiries: dict[str, float] = {}  # in Unix seconds, of ended jobs, by token
-        self._served: dict[str, float] = {}  # by owner: when a part was last taken
-        self._watched: dict[str, tuple[str, float]] = {}  # by file: its tag, and since when
-        self._trash: dict[str, float] = {}  # by token: since when it was seen
 
     def wake(self) -> None:
         """Look at the jobs now: there is a new one."""
@@ -104,7 +85,7 @@ class JobRunner:
             for part in self._parts.values():
                 part.cancel()
             await asyncio.gather(*self._parts.values(), return_exceptions=True)
-            await self._on_thread(self._close)
+            await self._on_thread(self._watch.close)
             self._threads.shutdown(wait=False)
 
     async def _repeat(
@@ -130,139 +111,24 @@ class JobRunner:
 
     async def _look(self) -> None:
         """Let go of the parts that are lost, and take one if there is one."""
-        going, lost = await self._on_thread(self._survey, list(self._parts))
+        lost = await self._on_thread(self._watch.look)
         for lease in lost & self._parts.keys():
             self._parts[lease].cancel()
         if len(self._parts) < _MAX_PARTS:
-            taken: Lease | None = await self._on_thread(self._take_any, going, list(self._parts))
+            taken: Lease | None = await self._on_thread(self._watch.take)
             if taken:
                 self._parts[taken] = part = asyncio.ensure_future(self._attend(taken))
                 part.add_done_callback(lambda _: self._leave(taken))
                 self._changed.set()  # there may be another
+
+    async def _erase(self) -> None:
+        await self._on_thread(self._watch.erase)
 
     def _leave(self, lease: Lease) -> None:
         part = self._parts.pop(lease)
         if not part.cancelled() and (error := part.exception()):
             _LOG.error("%s, part %d was let go", lease.job.id, lease.part, exc_info=error)
         self._changed.set()
-
-    def _take(self, lease: Lease) -> bool:
-        with self._leasing:
-            if self._leases is None or not self._store.take(lease):
-                return False
-            self._leases.add(lease)
-            return True
-
-    def _renew(self, leases: Sequence[Lease]) -> None:
-        self._beat += 1
-        with self._leasing:
-            for lease in leases:
-                if self._leases and lease in self._leases:
-                    self._store.renew(lease, self._beat)
-
-    def _release(self, lease: Lease) -> None:
-        with self._leasing:
-            if self._leases and lease in self._leases:
-                self._leases.remove(lease)
-                self._store.release(lease)
-
-    def _close(self) -> None:
-        """Release what was taken while nobody waited for it any more."""
-        with self._leasing:
-            leases, self._leases = self._leases or (), None
-            for lease in leases:
-                self._store.release(lease)
-
-    def _survey(self, held: Sequence[Lease]) -> tuple[list[tuple[Job, _State]], set[Lease]]:
-        """The unfinished jobs, oldest first, and which of our leases are lost.
-
-        Shows that the others live, ends what took too long, and forgets what has expired.
-        """
-        self._renew(held)
-        keep, entries = self._settings.job_keep_seconds, self._store.entries()
-        states: dict[str, tuple[Job, _State] | None] = {}
-        for entry in entries:
-            expiry = self._expiries.get(entry.token, entry.created / 1000 + 2 * keep)
-            if time.time() > expiry:
-                self._store.discard(entry)
-            elif entry.token not in self._expiries:
-                with suppress(UnreadableOrder):
-                    states[entry.token] = self._inspect(entry)
-        going = [found for found in states.values() if found]
-        tokens, now = {entry.token for entry in entries}, time.monotonic()
-        lost = {lease for lease in held if _is_lost(lease, tokens, states)}
-        self._orders = {job.token: job for job, _ in going}
-        self._expiries = {t: at for t, at in self._expiries.items() if t in tokens}
-        oldest = now - 4 * self._settings.job_lease_seconds
-        self._watched = {f: seen for f, seen in self._watched.items() if seen[1] > oldest}
-        return going, lost
-
-    def _inspect(self, entry: Entry) -> tuple[Job, _State] | None:
-        """The job and its state, None if it has ended or is not there."""
-        job = self._orders.get(entry.token) or self._store.find(entry.owner, entry.id)
-        if job is None or job.token != entry.token:  # deleted, or its creator has not come so far
-            if self._stands_still(entry.file, ""):
-                self._store.discard(entry)
-            return None
-        state, keep = self._store.state(job), self._settings.job_keep_seconds
-        if END not in state:
-            if time.time() > job.created / 1000 + keep:
-                fault = Fault(code="expired", message=f"it was not done within {keep:g} s")
-            elif job.account and self._knows_key and not self._knows_key(job.account):
-                fault = Fault(code="key_revoked", message="the key that made it is gone")
-            else:
-                return job, state
-            self._store.end(job, Ending(status="failed", at=time.time(), error=fault))
-        self._expiries[entry.token] = self._store.ending(job).at + keep
-        return None
-
-    def _stands_still(self, file: str, tag: str) -> bool:
-        """Whether a file has been seen with this very tag for as long as a lease."""
-        seen, since = self._watched.get(file, ("", math.inf))
-        if since == math.inf or seen != tag:
-            self._watched[file] = tag, time.monotonic()
-            return False
-        return time.monotonic() > since + self._settings.job_lease_seconds
-
-    def _take_any(self, going: Sequence[tuple[Job, _State]], held: Sequence[Lease]) -> Lease | None:
-        owners = [lease.job.entry.owner for lease in held]
-
-        def turn(found: tuple[Job, _State]) -> tuple[int, float]:
-            owner = found[0].entry.owner
-            return owners.count(owner), self._served.get(owner, 0.0)
-
-        for job, state in sorted(going, key=turn):
-            ours = {lease.part for lease in held if lease.job.token == job.token}
-            lease = self._next_lease(job, state, ours)
-            if lease and lease.number > _MAX_LOST:
-                message = f"{_MAX_LOST} replicas were lost over the same part of it"
-                fault = Fault(code="abandoned", message=message)
-                self._store.end(job, Ending(status="failed", at=time.time(), error=fault))
-            elif lease and self._take(lease):
-                self._served[job.entry.owner] = time.monotonic()
-                return lease
-        return None
-
-    def _next_lease(self, job: Job, state: _State, ours: Collection[int]) -> Lease | None:
-        """For the first part of a job that nobody draws."""
-        for part in range(job.num_parts):
-            if part in ours or f"{part:04d}.done" in state:
-                continue
-            lease = Lease(job, part, _newest(part, state) + 1, secrets.token_hex(12))
-            before = replace(lease, number=lease.number - 1)
-            tag = state.get(before.name)
-            if tag is None or self._stands_still(before.file, tag):
-                return lease
-        return None
-
-    async def _erase(self) -> None:
-        """Erase forgotten work once nobody can still be writing to it."""
-        now = time.monotonic()
-        found = await self._on_thread(self._store.trash)
-        self._trash = {token: self._trash.get(token, now) for token in found}
-        for token, since in self._trash.items():
-            if now > since + self._settings.job_lease_seconds:
-                await self._on_thread(self._store.erase, token)
 
     async def _attend(self, lease: Lease) -> None:
         """The fence around a part: it is done, or its job failed, or somebody may try again."""
@@ -281,7 +147,7 @@ class JobRunner:
                 else:
                     await asyncio.sleep(answer.retry_after_seconds)
         finally:
-            await self._on_thread(self._release, lease)
+            await self._on_thread(self._watch.release, lease)
 
     async def _draw(self, lease: Lease) -> None:
         """Raises what keeps a whole part from being drawn."""
@@ -363,25 +229,6 @@ async def _outcome(work: asyncio.Future[_Result]) -> _Result | Fault:
 def _cancel(queued: asyncio.Future[Drawing], _: object) -> None:
     """For a task that may be cancelled before it begins to wait."""
     queued.cancel()
-
-
-def _newest(part: int, state: _State) -> int:
-    """The number of the newest lease of a part, 0 if it has none."""
-    numbers = (name.partition(".") for name in state)
-    return max((int(n) for p, _, n in numbers if p == f"{part:04d}" and n.isdecimal()), default=0)
-
-
-def _is_lost(
-    lease: Lease, tokens: Collection[str], states: Mapping[str, tuple[Job, _State] | None]
-) -> bool:
-    """Whether its job is gone or has ended, or another replica draws the part."""
-    token = lease.job.token
-    if token not in tokens:
-        return True
-    if token not in states:
-        return False  # it could not be looked at
-    found = states[token]
-    return found is None or _newest(lease.part, found[1]) > lease.number
 
 
 def _fault_of(answer: ApiError) -> Fault:

@@ -77,7 +77,7 @@ class Service:
 
     def __init__(self, models: Models, **settings: Any) -> None:
         self.models = models
-        given = ServeSettings(port=free_port(), poll_seconds=0.2, **settings)
+        given = ServeSettings(port=free_port(), poll_seconds=0.5, **settings)
         self.base = start(
             given, registry_uri=models.uri, model_name="digits", default_steps=12,
             default_guidance=2.5,

@@ -50,12 +50,14 @@ Figures = dict[str, Any]
 def count_running() -> int:
     """Replicas that requests go to."""
     application = serve.status().applications[APPLICATION]
-    return application.deployments["drawing"].replica_states.get("RUNNING", 0)
+    states = application.deployments["drawing"].replica_states
+    return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 def scrape() -> dict[str, dict[str, float]]:
     """What Prometheus gets of ours: the sum of a family's counts by replica, by its name."""
-    port = ray.nodes()[0]["MetricsExportPort"]
+    [node] = ray.nodes()  # type: ignore[no-untyped-call]
+    port = node["MetricsExportPort"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
         families = list(text_string_to_metric_families(reply.read().decode()))
     found: dict[str, dict[str, float]] = {}
