@@ -5,6 +5,7 @@ And for those who ask: ``bucket``, an empty folder of an S3 server that really l
 """
 
 import os
+import secrets
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from pixart_platform.storage import Folder, LocalFolder
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Ray reads its token once a process, so all the Rays that tests start in this one must share it.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 # On shared cores a second thread makes tensors as small as the tests' fifty times slower.
 torch.set_num_threads(1)
