@@ -61,7 +61,8 @@ class Engine:
             "zero_optimization": {
                 "stage": zero_stage,
                 "overlap_comm": on_gpu,
-                # gloo sums whole gradients faster than parts (10 % of a step, bench_training).
+                # gloo sums whole gradients faster than parts: 331 against 366 ms a step of two
+                # workers with the digits network under ZeRO 2.
                 "reduce_scatter": on_gpu,
                 "contiguous_gradients": on_gpu,
             },

@@ -17,7 +17,7 @@ higher rates, to find what ours sustains with no worse a p95 than that peer has 
 Last, row-steps a second of the saturated service beside those of a bare loop over the network's
 batch, in a process with one thread: what HTTP, Serve, text, decoding and encoding cost together.
 
-``--quick`` takes about 4 minutes on 2 cores, a full run 12, which writes results/. The last line is
+``--quick`` takes about 6 minutes on 2 cores, a full run 12, which writes results/. The last line is
 one JSON object of figures and bars.
 """
 
