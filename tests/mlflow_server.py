@@ -1,4 +1,4 @@
-"""MLflow's own server over real HTTP, in this process, that can be away and come back.
+"""MLflow's own server over real HTTP: in this process, with moods, or as a process of its own.
 
 with MlflowServer(folder) as server:
     Tracker.start(server.uri, ...)
@@ -6,13 +6,22 @@ with MlflowServer(folder) as server:
 """
 
 import logging
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
+
+import pytest
+from serving_load import free_port
 
 from pixart_platform.tracking import quiet_mlflow, sqlite_uri
 
@@ -36,7 +45,9 @@ class MlflowServer:
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         artifacts = (folder / "artifacts").as_uri()
-        handlers.initialize_backend_stores(sqlite_uri(folder), default_artifact_root=artifacts)
+        with pytest.MonkeyPatch.context() as patch:  # it would name itself to all that comes after
+            patch.setenv("MLFLOW_TRACKING_URI", sqlite_uri(folder))
+            handlers.initialize_backend_stores(sqlite_uri(folder), default_artifact_root=artifacts)
         self.mood: Mood = "up"
         self.calls: Counter[Mood] = Counter()
         self._app = app
@@ -74,3 +85,37 @@ class MlflowServer:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionAbortedError("on purpose")
         return answer
+
+
+class ServerProcess:
+    """MLflow's own server, which can be killed and started again on the same port."""
+
+    def __init__(self, root: Path, backend: str) -> None:
+        self._root, self._backend, self._port = root, backend, free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            str(Path(sys.executable).parent / "mlflow"), "server", "--host", "127.0.0.1",
+            "--port", str(self._port), "--backend-store-uri", self._backend, "--workers", "1",
+            "--default-artifact-root", (self._root / "artifacts").as_uri(),
+        ]  # fmt: skip
+        with (self._root / "server.log").open("a") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                return
+            except OSError:
+                time.sleep(0.3)
+        raise SystemExit((self._root / "server.log").read_text()[-2000:])
+
+    def kill(self) -> None:
+        if self._process:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()

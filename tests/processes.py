@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -64,6 +64,17 @@ def family(pid: int) -> list[psutil.Process]:
 
 def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
     os.kill(process.pid, signal.SIGKILL)
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, with all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
 
 
 def count_alive(processes: list[psutil.Process]) -> int:

@@ -163,9 +163,10 @@ class Models:
         self.registry.set_alias("champion", version)
 
 
-def register_models(root: Path, count: int, preset: str = "digits-mini") -> Models:
-    """``count`` versions of random weights in a new registry below ``root``; the first leads."""
-    uri = sqlite_uri(root)
+def register_models(root: Path, count: int, preset: str = "digits-mini", uri: str = "") -> Models:
+    """``count`` versions of random weights in a registry, a new one below ``root`` if none is
+    given; the first leads."""
+    uri = uri or sqlite_uri(root)
     tracker = Tracker.start(uri, "serving", "models", "models", artifacts=root)
     models = Models(uri, Registry(uri, "digits"), {})
     for k in range(count):

@@ -1,6 +1,7 @@
 """The plan of a recipe: against what was published and measured, and against its own advice."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from pixart_jobs.planner import (
     make_plan,
     memory_of,
 )
+from pixart_jobs.traffic import find_limits, print_traffic
 from pixart_models.forecast import LIBRARIES, step_memory
 from pixart_platform.accounting import ACCELERATORS
 from pixart_platform.errors import RecipeError
@@ -233,3 +235,31 @@ def test_an_accelerator_of_ones_own() -> None:
     assert make_plan(recipe, "b200").machine.kind.memory_gib == 180
     with pytest.raises(RecipeError, match="describe it under accounting"):
         make_plan(PAPER, "b200")
+
+
+def test_the_page_on_scale_says_what_the_plan_says_now() -> None:
+    page = (Path(__file__).parents[1] / "cluster" / "scale.md").read_text()
+    assert f"```text\n{print_traffic(make_plan(PAPER))}\n```" in page
+
+
+def test_what_grows_with_the_pictures_breaks_and_what_is_a_nodes_own_does_not() -> None:
+    plan = make_plan(PAPER)
+    small, large = ({x.what: x.share for x in find_limits(plan, n)} for n in (1, 10))
+    assert max(small.values()) < 1
+    assert [what for what, share in large.items() if share > 1] == [
+        "scans of the tables before stages"
+    ]
+    assert large["encode: object store of a node"] == pytest.approx(
+        small["encode: object store of a node"]
+    )
+
+
+def test_tables_that_a_disk_keeps_are_read_once() -> None:
+    for recipe, times in ((change(PAPER, {"plan.num_images": 1_000_000}), 1), (PAPER, 2)):
+        whys = {limit.what: limit.why for limit in find_limits(make_plan(recipe))}
+        assert f"kB x {times} /" in whys["align: tables read by a node"]
+
+
+def test_a_plan_without_tables_has_no_traffic() -> None:
+    with pytest.raises(PlanError, match=r"plan\.num_images"):
+        print_traffic(make_plan(change(PAPER, {"plan.num_images": None})))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pixart_cluster.recipe import read_recipe
 from pixart_jobs import report
+from pixart_jobs.certainty import Figure
 from pixart_jobs.evaluate import Evaluation
 from pixart_jobs.pipeline import Result, StageResult
 from pixart_jobs.stage import StageInputs, StagePlan
@@ -56,11 +57,13 @@ def make_result(root: Path) -> Result:
     plan.preview_folder.mkdir(parents=True)
     (plan.preview_folder / "000012800.png").write_bytes(make_png())
     (root / "sheet.png").write_bytes(make_png())
-    version = Version("digits", 7, root / "snapshot", {})
-    metrics = {"digit_accuracy": 0.5, "color_accuracy": 0.875, "reader_accuracy": 0.99}
+    version = Version("digits", 7, str(root / "snapshot"), {})
+    values = {"digit_accuracy": 0.5, "color_accuracy": 0.875, "reader_accuracy": 0.99}
+    figures = {name: Figure(value, value - 0.1, 1.0) for name, value in values.items()}
     return Result(
         recipe, tables, 0.96, [StageResult(plan, version, [(640, 2.0), (1280, 1.0)])],
-        Evaluation(metrics, ("a red three",), root / "sheet.png"), Cost(100.0, 0.01, 0.004, 1.5),
+        [Evaluation("digits", "b", figures, ("a red three",), root / "sheet.png")],
+        Cost(100.0, 0.01, 0.004, 1.5),
         "sqlite://", list(find_rejects(tables["images"], tables["images"])), 1,
     )  # fmt: skip
 
@@ -106,12 +109,12 @@ def test_the_summary_is_flat_and_survives_json(tmp_path: Path, result: Result) -
 
 
 def test_a_baseline_is_told_apart_by_its_prefix(result: Result) -> None:
-    assert result.evaluation is not None
+    (evaluation,) = result.evaluations
     train = result.recipe.train.model_copy(update={"objective": "iddpm"})
     baseline = replace(
         result,
         recipe=result.recipe.model_copy(update={"train": train}),
-        evaluation=replace(result.evaluation, metrics={"digit_accuracy": 0.25}),
+        evaluations=[replace(evaluation, figures={"digit_accuracy": Figure(0.25, 0.2, 0.3)})],
     )
     summary = report.summarize(result, Path("/runs/picture.png"), baseline)
     assert summary["digit_accuracy"] == 0.5
@@ -140,7 +143,14 @@ def test_captions_and_file_names_cannot_inject_markup(tmp_path: Path, result: Re
 def test_the_page_shows_figures_curves_and_rejects(tmp_path: Path, result: Result) -> None:
     write(tmp_path, result)
     text = (tmp_path / "report.html").read_text()
-    for said in ("<b>96.0%</b>captioner", "<b>50.0%</b>digit", "100 s", "1 in all", "empty file"):
+    for said in (
+        "<b>96.0%</b>captioner",
+        "<b>50.0%</b>digit",
+        "50.0% (40.0% to 100.0%)",
+        "100 s",
+        "1 in all",
+        "empty file",
+    ):
         assert said in text
     (points,) = re.findall(r"points='([^']*)'", text)
     places = [tuple(map(float, point.split(","))) for point in points.split()]
@@ -153,7 +163,7 @@ def test_a_run_without_curve_evaluation_or_rejects_still_has_a_report(
     tmp_path: Path, result: Result
 ) -> None:
     stages = [replace(result.stages[0], losses=[])]
-    bare = replace(result, evaluation=None, caption_accuracy=None, rejects=[], stages=stages)
+    bare = replace(result, evaluations=[], caption_accuracy=None, rejects=[], stages=stages)
     page = write(tmp_path, bare)
     assert "svg" not in page.tags
     assert "<h2>Rejected</h2><p>None.</p>" in (tmp_path / "report.html").read_text()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
@@ -15,8 +15,9 @@ from small_states import save
 from stages import plan_stage, write_tables
 
 from pixart_cluster.recipe import read_recipe
-from pixart_jobs.stage import StagePlan, start_network
+from pixart_jobs.stage import StagePlan, build_index, start_network
 from pixart_jobs.watch import Look, _Watcher, watch
+from pixart_platform.batches import RowIndex
 from pixart_platform.checkpoint import Progress
 from pixart_platform.tracking import Tracker, sqlite_uri
 
@@ -50,7 +51,9 @@ def tracker(store: Path, request: pytest.FixtureRequest) -> Tracker:
 
 
 def make_watcher(stage: StagePlan, tracker: Tracker, progress: list[int] | None = None) -> _Watcher:
-    return _Watcher(stage, tracker, (progress if progress is not None else []).append)
+    """Without Ray, as long as it asks for nothing."""
+    index = cast(ray.ObjectRef[RowIndex], build_index(stage))
+    return _Watcher(stage, tracker, (progress if progress is not None else []).append, index)
 
 
 def look(loss: float | None = None, shade: int = 0) -> Look:
@@ -160,7 +163,7 @@ def test_states_are_drawn_and_measured_in_tasks_once(
     stage: StagePlan, tracker: Tracker, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two while training goes on, the last after it; a second watch finds all done."""
-    with watch(stage, tracker, lambda _: None):
+    with watch(stage, tracker, lambda _: None, ray.put(build_index(stage))):
         for images_seen, size in ((64, 0.05), (80, 0.0), (128, 0.0), (160, 0.1)):
             save_network(stage, images_seen, size)
     assert drawn(stage) == [64, 128, 160]
@@ -171,7 +174,7 @@ def test_states_are_drawn_and_measured_in_tasks_once(
     best = stage.states.best()
     assert best
     assert best[0] == 128
-    with watch(stage, tracker, lambda _: None):
+    with watch(stage, tracker, lambda _: None, ray.put(build_index(stage))):
         pass
     assert logged(tracker) == [64, 128, 160]
     assert "no preview" not in caplog.text
@@ -184,7 +187,7 @@ def test_a_state_that_cannot_be_drawn_stops_nothing(
 ) -> None:
     save(stage.states, 64)  # of another network
     save_network(stage, 128, 0.0)
-    with watch(stage, tracker, lambda _: None):
+    with watch(stage, tracker, lambda _: None, ray.put(build_index(stage))):
         pass
     assert drawn(stage) == [128]
     assert "no preview at 64 images" in caplog.text

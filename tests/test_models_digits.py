@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixart_jobs.scenes import Scene, compose_scene
+from pixart_jobs.scenes import Scene, compose, compose_scene
+from pixart_jobs.suites import measure_reader
 from pixart_models.digits import (
     COLORS,
     DIGIT_NAMES,
@@ -19,6 +20,7 @@ from pixart_models.digits import (
     Reading,
     UnreadableImage,
     describe,
+    evaluation_reader,
     load_scans,
 )
 
@@ -128,3 +130,23 @@ def test_train_and_test_scans_are_disjoint_and_complete() -> None:
     assert train.max() == 1
     both = np.concatenate([train, test]).reshape(1797, 64)
     assert len(np.unique(both, axis=0)) == 1797, "a scan occurs once in all"
+
+
+def test_what_is_found_has_the_colour_and_place_it_was_painted_with() -> None:
+    reader = evaluation_reader()
+    rng = np.random.default_rng(1)
+    pair = compose(Reading((3, 8), ("red", "cyan"), "above"), "train", rng)
+    upper, lower = reader.find(pair.image)
+    assert (upper.color, lower.color) == ("red", "cyan")
+    assert upper.box[3] <= lower.box[1]
+    for found in (upper, lower):
+        left, top, right, bottom = found.box
+        assert 0 <= left < right <= 48
+        assert 0 <= top < bottom <= 48
+        assert 12 <= bottom - top <= 24
+    assert reader.find(np.zeros((48, 48, 3), np.uint8)) == []
+
+
+def test_the_evaluations_reader_errs_on_less_than_3_percent_of_unseen_scans() -> None:
+    figure = measure_reader()
+    assert figure.low > 0.97, f"digits read right: {figure}"

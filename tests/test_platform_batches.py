@@ -1,5 +1,6 @@
 """From tables to batches: conditions, the rows a stage may use, and reading ahead."""
 
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -238,6 +239,20 @@ def test_a_small_cache_reads_again_what_it_forgot(case: Case, index: RowIndex) -
     rows = case.eligible[SHAPES[0]]
     for samples in (np.arange(len(rows)), np.arange(len(rows))[::-1]):
         assert small.fetch(SHAPES[0], samples) == index.fetch(SHAPES[0], samples)
+
+
+def test_an_index_that_travels_does_not_ask_for_the_partitions_again(
+    index: RowIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pickle.dumps(index)
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "read", None)
+        copy = pickle.loads(data)
+    assert copy.counts.keys() == index.counts.keys()
+    for shape, counts in index.counts.items():
+        assert copy.counts[shape].tolist() == counts.tolist()
+        samples = np.arange(counts.sum())
+        assert copy.fetch(shape, samples) == index.fetch(shape, samples)
 
 
 def test_a_partition_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from builders import Row, make_rows, repeatable, write_table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart_platform.blocks import PlainColumn, _make_room, read_block
+from pixart_platform.blocks import PlainColumn, read_block
+from pixart_platform.copies import make_room
 from pixart_platform.errors import ManifestError
 from pixart_platform.storage import Folder
 from pixart_platform.tables import ROW_GROUP_ROWS
@@ -115,5 +116,5 @@ def test_copies_used_longest_ago_make_room(tmp_path: Path, monkeypatch: pytest.M
         os.utime(path, (1000 - age, 1000 - age))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=200))  # room for 250
-    _make_room(tmp_path, 100)
+    make_room(tmp_path, 100)
     assert [path.stem for path in sorted(tmp_path.iterdir())] == ["new"]

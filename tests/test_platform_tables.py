@@ -44,6 +44,8 @@ ROWS: dict[str, list[Row]] = {
         {"moments": b"\x01\x02", "bucket_h": 8, "bucket_w": 4, "width": 32, "height": 64},
         {"moments": b"", "bucket_h": 0, "bucket_w": 0, "width": 0, "height": 0},
     ],
+    "drawings/1": [{"prompt": "a red three", "seed": 2**63 - 1, "png": bytes(range(256))}],
+    "judgements/1": [{"seen": "[]", "features": b"\x00\xff"}, {"seen": "", "features": b""}],
 }  # fmt: skip
 
 

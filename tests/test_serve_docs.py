@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]  # comes with Ray
+import jsonschema
 import pytest
 from fastapi.testclient import TestClient
 from test_serve_api import GENERATE, SETTINGS

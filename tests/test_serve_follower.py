@@ -10,18 +10,22 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from chaos_s3 import ChaosS3, endpoint
 from mlflow import MlflowClient
 from test_serve_engine import ask, assert_drawn_as_alone, eventually
 from test_serve_snapshots import build_drawer, write_snapshot
 
 from pixart_models.drawing import Drawer
 from pixart_models.snapshot import WEIGHTS_FILE
-from pixart_platform.errors import RegistryError
+from pixart_platform import object_store
+from pixart_platform.copies import publish
+from pixart_platform.errors import RegistryError, StorageError
 from pixart_platform.registry import Registry, Version
+from pixart_platform.storage import Folder
 from pixart_platform.tracking import Tracker, sqlite_uri
 from pixart_serve.engine import DrawingEngine
 from pixart_serve.follower import Follower
-from pixart_serve.versions import VersionRefused
+from pixart_serve.versions import VersionRefused, VersionUnavailable
 
 _NUMBERS = count()
 
@@ -112,7 +116,7 @@ def test_one_flipped_bit_is_refused_once_and_a_good_version_follows(
     family.promote(family.register(build_drawer(seed=1)))
     family.follower.load_first()
     bad = family.register(build_drawer(seed=2))
-    flip_one_bit(bad.folder / WEIGHTS_FILE)
+    flip_one_bit(Path(bad.source) / WEIGHTS_FILE)
     family.promote(bad)
     for _ in range(3):
         family.follower.poll()
@@ -129,10 +133,10 @@ def test_moving_the_alias_away_and_back_tries_a_restored_version_again(family: F
     family.promote(good)
     family.follower.load_first()
     bad = family.register(build_drawer(seed=2))
-    flip_one_bit(bad.folder / WEIGHTS_FILE)
+    flip_one_bit(Path(bad.source) / WEIGHTS_FILE)
     family.promote(bad)
     family.follower.poll()
-    flip_one_bit(bad.folder / WEIGHTS_FILE)
+    flip_one_bit(Path(bad.source) / WEIGHTS_FILE)
     for version in (good, bad):
         family.promote(version)
         family.follower.poll()
@@ -151,7 +155,7 @@ def test_weights_that_draw_nonsense_are_refused(family: Family) -> None:
 
 def test_a_bad_version_cannot_be_started_from(family: Family) -> None:
     bad = family.register(build_drawer())
-    flip_one_bit(bad.folder / WEIGHTS_FILE)
+    flip_one_bit(Path(bad.source) / WEIGHTS_FILE)
     family.promote(bad)
     with pytest.raises(VersionRefused, match=r"version 1.*restore the file"):
         family.follower.load_first()
@@ -174,12 +178,44 @@ def test_moving_the_alias_back_reads_no_file(family: Family) -> None:
     family.promote(versions[1])
     family.follower.poll()
     for version in versions:
-        shutil.rmtree(version.folder)
+        shutil.rmtree(version.source)
     for version in (versions[0], versions[1], versions[0]):
         family.promote(version)
         family.follower.poll()
         assert family.live == version.number
     assert_drawn_as_alone(family.engine.submit(ask()).result(timeout=10), first, ask())
+
+
+def test_a_version_on_s3_waits_out_an_outage_and_is_refused_for_its_bytes_alone(
+    family: Family, bucket: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIXART_CACHE", str(tmp_path / "cache"))
+    family.promote(family.register(build_drawer(seed=1)))
+    family.follower.load_first()
+
+    def register(name: str, seed: int) -> Version:
+        publish(write_snapshot(tmp_path / name, build_drawer(seed)), bucket / name)
+        return family.registry.register(bucket / name, family.tracker.run_id, {})
+
+    family.promote(register("good", 2))
+    with monkeypatch.context() as patch, ChaosS3(1.0, 1, ["InternalError"]) as server:
+        patch.setattr(object_store, "_ATTEMPTS", 1)
+        with endpoint(server.uri):
+            with pytest.raises(StorageError, match="S3 answered InternalError"):
+                family.follower.poll()
+            with pytest.raises(VersionUnavailable, match="cannot be read now"):
+                family.follower.fetch("2").result(timeout=20)
+    assert (family.live, family.follower.refused) == (1, None)
+    family.follower.poll()
+    assert (family.live, family.follower.refused) == (2, None)
+
+    bad = register("bad", 3)
+    data = bytearray((bucket / "bad").read(WEIGHTS_FILE))
+    data[-100] ^= 1
+    (bucket / "bad").write(WEIGHTS_FILE, bytes(data))
+    family.promote(bad)
+    family.follower.poll()
+    assert (family.live, family.follower.refused) == (2, bad.number)
 
 
 def test_old_versions_leave_memory(family: Family) -> None:
@@ -215,7 +251,7 @@ def test_a_challenger_is_loaded_beside_and_never_goes_live_by_itself(family: Fam
     [future] = family.engine.submit_all([ask()], chosen)
     assert_drawn_as_alone(future.result(timeout=10), second, ask())
     bad = family.register(build_drawer(seed=3))
-    flip_one_bit(bad.folder / WEIGHTS_FILE)
+    flip_one_bit(Path(bad.source) / WEIGHTS_FILE)
     family.registry.set_alias("next", bad)
     follower.poll()
     assert (family.live, follower.choose(5), follower.refused) == (1, None, None)

@@ -1,5 +1,6 @@
 """How long work will take, in turns that last one second: no clock decides anything here."""
 
+import random
 from concurrent.futures import wait
 
 import pytest
@@ -7,7 +8,7 @@ from test_serve_engine import ask, eventually
 from test_serve_snapshots import Gate, build_drawer
 
 from pixart_serve.engine import DrawingEngine, DrawRequest, LoadedVersion
-from pixart_serve.forecast import Load, Pace, predict_seconds
+from pixart_serve.forecast import Load, Pace, Promise, predict_seconds
 
 MAX_ROWS = 4
 
@@ -43,6 +44,7 @@ def test_pace_follows_what_changes_and_stays_small() -> None:
     pace = Pace()
     for seconds in [1.0] * 10 + [3.0] * 60:
         pace.observe(1000, seconds)
+    assert pace.seconds(1000, at_best=True) == pytest.approx(1.0)
     assert pace.seconds(1000) == pytest.approx(3.0, rel=1e-3)
     for row_pixels in range(1, 20_000):
         pace.observe(row_pixels, 1.0)
@@ -54,6 +56,33 @@ def test_a_load_takes_its_rows_or_the_longest_batch() -> None:
     assert load_of([ask(steps=5)] * 2).turns(MAX_ROWS) == 5
     assert load_of([ask(steps=5)] * 3).turns(MAX_ROWS) == 8
     assert Load(1024).turns(MAX_ROWS) == 0
+
+
+def test_promises_are_kept_nearly_always_whatever_the_predictions_are_worth() -> None:
+    rng, promise = random.Random(1), Promise()
+    margin = promise.multiple
+    broken = list[bool]()
+    for _ in range(2000):
+        took = 10 * rng.lognormvariate(0.6, 0.2)  # of 10 seconds predicted
+        broken.append(took > promise.multiple * 10)
+        promise.observe(10, took)
+    assert sum(broken[50:]) / 1950 < 0.05
+    assert promise.multiple == pytest.approx(3, abs=1), "and no more is promised than is needed"
+    for _ in range(50):
+        promise.observe(10, 5)
+    assert promise.multiple == margin, "and pessimism is unlearnt"
+
+
+def test_who_gives_up_early_teaches_nothing_and_late_that_it_was_late() -> None:
+    promise = Promise()
+    margin = promise.multiple
+    promise.observe(10, 9, is_over=False)
+    assert promise.multiple == margin
+    promise.observe(10, 25, is_over=False)
+    learnt = promise.multiple
+    assert learnt > margin
+    promise.observe(0.01, 1)
+    assert promise.multiple == learnt, "a jitter is no lesson"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from processes import REPOSITORY
 from test_serve_api import GENERATE, decode, error_of
 from test_serve_engine import ask
+from test_serve_keys import Ledger
 from test_serve_snapshots import Gate, build_drawer
 
 from pixart_models.drawing import Drawer
@@ -69,6 +70,7 @@ class Replica:
     changes: dict[str, Any] = field(default_factory=dict)
     keys: ApiKeys | None = None
     seconds: float = 0.0
+    ledger: Ledger = field(default_factory=Ledger)
 
     def __post_init__(self) -> None:
         limits = {"max_rows": 4, "max_queued": 8, "max_side": 64, "max_steps": 20}
@@ -81,7 +83,7 @@ class Replica:
         )
         self.drawer = build_drawer()
         self.engine.activate(LoadedVersion(7, self.drawer))
-        self.accounts = Accounts(settings.key_units_per_minute, lambda: self.seconds)
+        self.accounts = Accounts(settings.key_units_per_minute, lambda: self.seconds, self.ledger)
         app = build_api(
             EngineService(self.engine, "digits", "champion"), settings,
             default_steps=4, default_guidance=2.5,
@@ -399,14 +401,14 @@ def test_a_key_pays_when_a_picture_is_drawn_and_keeps_half_a_minute(
     job = replica.create(key, n=7).json()
     account = replica.accounts.of("studio")
     until(lambda: replica.get(job, key=key).json()["num_done"] == 3)
-    assert (account.num_pictures, account.num_units) == (3, 96)
+    assert replica.ledger.units == {"studio": 96}
     assert replica.ask("POST", GENERATE, key, json=BODY | {"n": 3}).status_code == 200
     replica.seconds = 60.0
     until(lambda: replica.get(job, key=key).json()["num_done"] == 6)
     assert account.available == 96
     replica.seconds = 120.0
     assert replica.finish(job, key)["status"] == "completed"
-    assert account.num_pictures == 7 + 3
+    assert replica.ledger.pictures == {"studio": 7 + 3}
 
 
 def test_the_jobs_of_a_key_that_is_gone_fail(start: Start, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_ray_exports_exactly_what_the_table_says(
         actor: Any = ray.remote(ReplicaMetrics)
         teller = actor.remote()
         ray.get(teller.__ray_call__.remote(tell_everything))
-        [node] = ray.nodes()  # type: ignore[no-untyped-call]
+        [node] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has types in parts
         port = node["MetricsExportPort"]
 
         def scrape() -> dict[str, Any]:

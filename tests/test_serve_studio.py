@@ -17,7 +17,15 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Locator,
+    Page,
+    ViewportSize,
+    expect,
+    sync_playwright,
+)
 from test_serve_api import Service
 from test_serve_engine import ask, assert_drawn_as_alone, eventually
 from test_serve_snapshots import Gate, build_drawer, write_snapshot
@@ -46,7 +54,7 @@ SETTINGS = ServeSettings(
     max_rows=4, max_queued=8, max_side=64, max_steps=20, max_prompt_bytes=500, max_versions=3
 )
 PATIENCE = 20_000  # milliseconds, for machines that do much else
-DESK, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+DESK, PHONE = ViewportSize(width=1280, height=860), ViewportSize(width=390, height=844)
 PROMPT = "a red three above a blue two on a dark picture"
 FOCUSED = "(document.activeElement.id || document.activeElement.value) ?? 'summary'"
 
@@ -155,7 +163,7 @@ class Watched:
 
 @pytest.fixture
 def watched(browser: Browser, studio: Studio) -> Iterator[Watched]:
-    context = browser.new_context(viewport=DESK)  # type: ignore[arg-type]
+    context = browser.new_context(viewport=DESK)
     context.set_default_timeout(PATIENCE)
     made = Watched(context.new_page(), studio.url)
     yield made
@@ -359,7 +367,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(
     studio, (key, line) = build_studio(registry), make_key("studio")
     (tmp_path / "keys").write_text(line)
     require_keys(studio.service.client.app, ApiKeys(tmp_path / "keys"), Accounts(0))  # type: ignore[arg-type]
-    context = browser.new_context(viewport=DESK)  # type: ignore[arg-type]
+    context = browser.new_context(viewport=DESK)
     context.set_default_timeout(PATIENCE)
     with listening(studio.service) as studio.server:
         watched = Watched(context.new_page(), studio.url)
@@ -444,7 +452,7 @@ def test_the_keyboard_goes_through_the_page_in_its_order(page: Page) -> None:
 
 
 def test_the_page_fits_a_phone(page: Page) -> None:
-    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    page.set_viewport_size(PHONE)
     page.reload()
     expect(page.locator("#model")).to_have_text("digits \u00b7 version 1")
     assert_no_sideways(page)

@@ -203,7 +203,7 @@ def test_nor_for_a_new_version_that_turns_out_bad(family: Family) -> None:
     family.promote(family.registry.get("2"))
     family.follower.poll()
     find(family, "@3")
-    weights = family.registry.get("4").folder / WEIGHTS_FILE
+    weights = family.registry.get("4").fetch() / WEIGHTS_FILE
     flip_one_bit(weights)
     family.promote(family.registry.get("4"))
     family.follower.poll()
@@ -277,7 +277,7 @@ def test_going_back_waits_for_nobodys_load(family: Family) -> None:
 def test_a_damaged_version_is_refused_and_not_read_by_every_request(
     family: Family, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights = family.registry.get("2").folder / WEIGHTS_FILE
+    weights = family.registry.get("2").fetch() / WEIGHTS_FILE
     flip_one_bit(weights)
     for _ in range(3):
         error = refusal(family, "@2")

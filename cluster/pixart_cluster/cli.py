@@ -14,14 +14,26 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
+from pixart_cluster import runs, versions
+from pixart_cluster.doctor import doctor
+from pixart_cluster.evaluations import evaluate
 from pixart_cluster.local import quiet_environment
 from pixart_cluster.tables import table
+from pixart_cluster.versions import RegistryOption
+from pixart_cluster.vote import vote
 
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Images to a served text-to-image model, the PixArt-alpha way, on Ray.",
 )  # fmt: skip
 cli.add_typer(table, name="table")
+cli.add_typer(versions.registry_commands, name="registry")
+for command in (
+    evaluate, versions.promote, versions.rollback, versions.lineage, versions.compare, vote,
+    runs.submit, runs.status, runs.logs, runs.stop, doctor,
+):  # fmt: skip
+    cli.command()(command)
+cli.command(name="list")(runs.list_)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A built-in recipe's name, or a .yaml file.")]
 RootOption = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")]
@@ -72,6 +84,7 @@ def run(
     recipe: RecipeArgument = "digits",
     root: RootOption = None,
     set_: SetOption = None,
+    registry: RegistryOption = "",
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and exit.")] = False,
 ) -> None:
     """Run a recipe's pipeline: images to an evaluated, registered model."""
@@ -86,7 +99,8 @@ def run(
 
     monitor = ConsoleMonitor()
     folder = _root_of(root, settings.name)
-    result = whole.run(settings, folder, monitor)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped: MLflow is told, as by ^C
+    result = whole.run(settings, folder, monitor, registry)
     monitor.console.print(f"{result.recipe.name} version {result.version.number}")
     monitor.console.print(f"report: {folder / 'report.html'}", markup=False)
 
@@ -97,6 +111,7 @@ def train(
     recipe: RecipeArgument = "digits",
     root: RootOption = None,
     set_: SetOption = None,
+    registry: RegistryOption = "",
 ) -> None:
     """Train one stage on the newest version of the stage before it, or what start_from names."""
     from pixart_cluster import demo as whole
@@ -105,7 +120,8 @@ def train(
 
     settings = read_recipe(recipe, set_ or ())
     monitor = ConsoleMonitor()
-    version = whole.train(settings, stage, _root_of(root, settings.name), monitor).version
+    folder = _root_of(root, settings.name)
+    version = whole.train(settings, stage, folder, monitor, registry).version
     parent = version.tags["parent_version"]
     monitor.console.print(f"{version.name} version {version.number}, from {parent or 'scratch'}")
 
@@ -121,6 +137,9 @@ def plan(
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     mfu: Annotated[float | None, typer.Option(min=0.001, max=1, help="Share of the peak.")] = None,
+    traffic: Annotated[
+        bool, typer.Option(help="Also bytes, files and memory beside the GPUs, here and at 10x.")
+    ] = False,
     set_: SetOption = None,
 ) -> None:
     """Tell what a recipe costs, before anything starts; refuse one that cannot fit."""
@@ -130,28 +149,32 @@ def plan(
 
     workers = [f"train.num_workers={nodes * gpus_per_node}"] if nodes else []
     settings = read_recipe(recipe, [*workers, *(set_ or ())])
-    typer.echo(print_plan(make_plan(settings, gpu, mfu)))
+    made = make_plan(settings, gpu, mfu)
+    typer.echo(print_plan(made))
+    if traffic:
+        from pixart_jobs.traffic import print_traffic
+
+        typer.echo(f"\n{print_traffic(made)}")
 
 
 @cli.command()
 def serve(
-    recipe: RecipeArgument = "digits", root: RootOption = None, set_: SetOption = None
+    recipe: RecipeArgument = "digits",
+    root: RootOption = None,
+    set_: SetOption = None,
+    registry: RegistryOption = "",
 ) -> None:
     """Serve the model a run has registered, following its alias, until Ctrl-C."""
-    from pixart_cluster.local import local_ray
+    from pixart_cluster.local import some_ray
     from pixart_cluster.recipe import read_recipe
-    from pixart_platform.errors import StorageError
-    from pixart_platform.tracking import sqlite_uri
     from pixart_serve import app
 
     settings = read_recipe(recipe, set_ or ())
-    folder = _root_of(root, "demo")
-    if not (folder / "mlflow.db").is_file():
-        raise StorageError(f"--root {folder}: no run here (no mlflow.db); make one with pixart run")
+    folder, uri = _root_of(root, "demo"), versions.registry_uri(registry, root)
     app.check_port(settings.serve)
-    with local_ray(folder / "logs"):
+    with some_ray(folder):
         url = app.start(
-            settings.serve, registry_uri=sqlite_uri(folder), model_name=settings.name,
+            settings.serve, registry_uri=uri, model_name=settings.name,
             default_steps=settings.draw.num_steps, default_guidance=settings.draw.guidance,
             jobs=folder / "jobs",
         )  # fmt: skip
@@ -160,6 +183,59 @@ def serve(
             _wait_for_interrupt()
         finally:
             app.stop()
+
+
+@cli.command()
+def up(
+    root: RootOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="MLflow's.")] = 5000,
+    ray: Annotated[bool, typer.Option(help="Without: MLflow alone, on a run's folder.")] = True,
+    ray_port: Annotated[int, typer.Option(min=1, max=65535)] = 6379,
+    dashboard_port: Annotated[int, typer.Option(min=1, max=65535)] = 8265,
+    s3: Annotated[bool, typer.Option("--s3", help="An S3 endpoint too, kept in memory.")] = False,
+    s3_port: Annotated[int, typer.Option(min=1, max=65535)] = 9000,
+) -> None:
+    """Bring up Ray, MLflow and dashboards on this machine alone, until Ctrl-C or `pixart down`."""
+    from pixart_cluster.server import mlflow_server
+    from pixart_cluster.stack import Ports, stack
+
+    folder = _root_of(root, "demo")
+    if ray:
+        with stack(folder, Ports(port, ray_port, dashboard_port, s3_port), with_s3=s3) as told:
+            typer.echo("\n".join([*told, "Ctrl-C to stop"]))
+            _wait_for_interrupt()
+        return
+    versions.registry_uri("", folder)
+    with mlflow_server(folder, port) as address:
+        typer.echo(f"MLflow on {address} - Ctrl-C to stop")
+        _wait_for_interrupt()
+
+
+@cli.command()
+def down(root: RootOption = None) -> None:
+    """End what `pixart up` brought up, with its processes, token and sockets; runs stay."""
+    from pixart_cluster import stack
+
+    folder = _root_of(root, "demo")
+    typer.echo(f"{folder}: {'down' if stack.down(folder) else 'nothing is up'}")
+
+
+@cli.command()
+def render(
+    recipe: RecipeArgument,
+    dest: Annotated[Path, typer.Argument(help="A folder, made if need be.")],
+    image: Annotated[str, typer.Option(help="Container image with this package and Ray.")],
+    set_: SetOption = None,
+) -> None:
+    """Write all a cluster is told of a recipe: Kubernetes, AWS, SLURM, MLflow, Prometheus, Grafana.
+
+    Nothing is sent anywhere. Secrets are named, never written.
+    """
+    from pixart_cluster import render as manifests
+    from pixart_cluster.recipe import read_recipe
+
+    for path in manifests.write(read_recipe(recipe, set_ or ()), dest, image):
+        typer.echo(path)
 
 
 @cli.command()
@@ -249,7 +325,8 @@ def _user_error(error: BaseException) -> str | None:
     cause: Any = error
     while cause is not None and id(cause) not in seen:
         if isinstance(cause, PixartError | ModelInputError):
-            return str(cause.args[0] if cause.args else cause)
+            told = str(cause.args[0] if cause.args else cause)
+            return told.partition("\nFailed to apply UDF")[0]  # Ray Data's own words after ours
         seen.add(id(cause))
         cause = getattr(cause, "cause", None) or cause.__cause__
     return None

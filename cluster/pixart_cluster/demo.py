@@ -9,27 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from pixart_cluster.console import ConsoleMonitor
-from pixart_cluster.local import local_ray
+from pixart_cluster.local import some_ray
 from pixart_cluster.recipe import FullRecipe
 from pixart_jobs import report
 from pixart_jobs.pipeline import Pipeline, Result, StageResult, Workspace
-from pixart_platform.storage import write_atomic
+from pixart_platform.registry import Registry, check_source
+from pixart_platform.storage import open_folder, write_atomic
+from pixart_platform.tracking import hide_password
 
 _FALLBACK_PROMPT = "a picture"
 
 
-def run(recipe: FullRecipe, root: Path, monitor: ConsoleMonitor) -> Result:
-    """``pixart run``: the pipeline alone, on a local Ray."""
-    with local_ray(root / "logs") as scratch:
-        result = Pipeline(recipe, Workspace.under(root, scratch), monitor).run()
-    report.write(root, result, image=None, baseline=None, next_steps=next_steps(root, recipe))
+def run(recipe: FullRecipe, root: Path, monitor: ConsoleMonitor, registry: str = "") -> Result:
+    """``pixart run``: the pipeline alone, on a local Ray. ``registry`` is MLflow's address."""
+    _check_registry(recipe, root, registry)
+    with some_ray(root) as scratch:
+        result = Pipeline(recipe, Workspace.under(root, scratch, registry), monitor).run()
+    told = next_steps(root, recipe, registry)
+    report.write(root, result, image=None, baseline=None, next_steps=told)
     return result
 
 
-def train(recipe: FullRecipe, stage: str, root: Path, monitor: ConsoleMonitor) -> StageResult:
+def train(
+    recipe: FullRecipe, stage: str, root: Path, monitor: ConsoleMonitor, registry: str = ""
+) -> StageResult:
     """``pixart train``: the tables, and one stage on top of the registry."""
-    with local_ray(root / "logs") as scratch:
-        return Pipeline(recipe, Workspace.under(root, scratch), monitor).train(stage)
+    _check_registry(recipe, root, registry)
+    with some_ray(root) as scratch:
+        return Pipeline(recipe, Workspace.under(root, scratch, registry), monitor).train(stage)
+
+
+def _check_registry(recipe: FullRecipe, root: Path, registry: str) -> None:
+    """Raise RegistryError at once if a server does not know us, or cannot know our snapshots."""
+    if registry:
+        check_source(registry, open_folder(recipe.train.snapshots or root))
+        Registry(registry, recipe.name).aliases()
 
 
 def demo(
@@ -47,7 +61,7 @@ def demo(
     from pixart_serve import app
 
     app.check_port(recipe.serve)
-    with local_ray(root / "logs") as scratch:
+    with some_ray(root) as scratch:
         space = Workspace.under(root, scratch)
         result = Pipeline(recipe, space, monitor).run()
         baseline = None
@@ -99,15 +113,16 @@ def request_picture(url: str, model: str, prompt: str) -> bytes:
     return base64.b64decode(response.data[0].b64_json or "")
 
 
-def next_steps(root: Path, recipe: FullRecipe) -> str:
+def next_steps(root: Path, recipe: FullRecipe, registry: str = "") -> str:
     """Three commands to try."""
     here = Path.cwd()
     where = root.relative_to(here) if root.is_relative_to(here) else root
+    asked = f" --registry {hide_password(registry)}" if registry else ""
     return "\n".join(
         [
-            f'pixart serve --root {where}      # then POST {{"prompt": ...}} to '
+            f'pixart serve --root {where}{asked}      # then POST {{"prompt": ...}} to '
             f"http://{recipe.serve.host}:{recipe.serve.port}/v1/images/generations",
-            f"mlflow ui --backend-store-uri sqlite:///{where}/mlflow.db",
+            f"open {hide_password(registry)}" if registry else f"pixart up --no-ray --root {where}",
             "pixart run --root runs/mine --set data.source=folder:PATH --set name=mine",
         ]
     )

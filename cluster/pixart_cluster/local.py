@@ -1,7 +1,9 @@
-"""A Ray of one's own on this machine, which leaves nothing behind.
+"""The Ray that work runs on: the cluster that RAY_ADDRESS names, or one of our own.
 
-Ray's sessions, logs and sockets live in a short temporary folder (socket paths are limited to 107
-bytes), removed at the end; if the work fails, the logs are kept beside it first.
+Our own is on this machine and leaves nothing behind: its sessions, logs and sockets live in a short
+temporary folder (socket paths are limited to 107 bytes), removed at the end; if the work fails, the
+logs are kept beside it first. On a cluster the run's folder must be one that all nodes share:
+partitions, states and drawings are written there by whoever makes them.
 """
 
 import logging
@@ -12,11 +14,19 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-_PREFIX = "pixart-"
-_MIN_CPUS = 4  # logical: two workers and a replica share two cores when they must
+from pixart_platform.errors import PixartError
+
+SCRATCH_PREFIX = "pixart-"
+MIN_CPUS = 4  # logical: two workers and a replica share two cores when they must
+_LOOK_SECONDS = 60.0  # for a node to start a process and look
+
+
+class RayError(PixartError):
+    """A cluster that cannot be joined, or on which a run cannot work."""
 
 
 def quiet_environment() -> None:
@@ -38,6 +48,77 @@ def quiet_environment() -> None:
 
 
 @contextmanager
+def some_ray(root: Path) -> Iterator[Path]:
+    """Ray for the block, on which a run kept in ``root`` works; yields a scratch folder that is
+    gone afterwards.
+
+    Raises RayError for a cluster that cannot be reached, or one whose nodes do not share ``root``.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        with local_ray(root / "logs") as scratch:
+            yield scratch
+        return
+    import ray
+
+    if "://" in address:
+        raise RayError(
+            f"RAY_ADDRESS={address}: work joins a cluster by HOST:6379; to hand it one over HTTP, "
+            f"`pixart submit` with RAY_API_SERVER_ADDRESS"
+        )
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
+    try:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            told = str(error).strip().partition("\n")[0]
+            raise RayError(f"RAY_ADDRESS={address}: {told}") from error
+        _quiet_ray_data()
+        check_shared(root)
+        yield scratch
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_shared(root: Path) -> None:
+    """Raise RayError unless every node of Ray's cluster sees ``root``."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    root.mkdir(parents=True, exist_ok=True)
+    marker = root / f".seen-{secrets.token_hex(4)}"
+    marker.touch()
+    look = ray.remote(num_cpus=0, max_retries=0)(_exists)
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node for node in nodes if node["Alive"]]
+    asked = {
+        look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(str(marker)): node["NodeManagerAddress"]
+        for node in alive
+    }
+    try:
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK_SECONDS)
+        blind = []
+        for ref in answered:
+            with suppress(ray.exceptions.RayError):  # a node that goes just now is no obstacle
+                if not ray.get(ref):
+                    blind.append(asked[ref])
+    finally:
+        marker.unlink(missing_ok=True)
+    if blind:
+        raise RayError(
+            f"{root}: the nodes {', '.join(sorted(blind))} do not see it; keep runs in a folder "
+            f"that all nodes share (NFS, EFS, FSx)"
+        )
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()
+
+
+@contextmanager
 def local_ray(logs_to: Path) -> Iterator[Path]:
     """Start Ray for the block; yields a scratch folder that is gone afterwards.
 
@@ -48,18 +129,16 @@ def local_ray(logs_to: Path) -> Iterator[Path]:
 
     _remove_stale()
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to HOME
-    scratch = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
     try:
         ray.init(
-            num_cpus=max(_MIN_CPUS, os.cpu_count() or 1),
+            num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=str(scratch / "ray"),
         )
-        for handler in logging.getLogger("ray.data").handlers:
-            if type(handler).__name__ != "SessionFileHandler":
-                handler.setLevel(logging.ERROR)  # the plan of each dataset is not for our users
+        _quiet_ray_data()
         yield scratch
     except BaseException:
         _keep_logs(scratch, logs_to)
@@ -67,6 +146,12 @@ def local_ray(logs_to: Path) -> Iterator[Path]:
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _quiet_ray_data() -> None:
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":  # Ray's own; whoever else listens hears all
+            handler.setLevel(logging.CRITICAL)  # errors are raised; plans are not for our users
 
 
 def _keep_logs(scratch: Path, logs_to: Path) -> None:
@@ -78,7 +163,7 @@ def _keep_logs(scratch: Path, logs_to: Path) -> None:
 
 def _remove_stale() -> None:
     """Scratch folders whose process was killed."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        match = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", path.name)
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*-*"):
+        match = re.fullmatch(rf"{SCRATCH_PREFIX}(\d+)-\w+", path.name)
         if match and not Path(f"/proc/{match[1]}").exists():
             shutil.rmtree(path, ignore_errors=True)

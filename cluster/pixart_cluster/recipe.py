@@ -1,8 +1,11 @@
 """The recipe as the command line reads it: a pipeline's, with how its model is served."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
+from pixart_cluster.submit import GIVEN, GIVEN_VARIABLE
 from pixart_jobs.recipe import RECIPES, Recipe
 from pixart_platform.errors import RecipeError
 from pixart_platform.recipe import load_recipe
@@ -16,7 +19,12 @@ class FullRecipe(Recipe):
 
 
 def read_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> FullRecipe:
-    """Load a built-in recipe by name, or a file. Raises RecipeError."""
+    """Load a built-in recipe by name, a file, or what a Ray job was given. Raises RecipeError."""
+    if name_or_path == GIVEN:
+        with NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(os.environ.get(GIVEN_VARIABLE, ""))
+            file.flush()
+            return load_recipe(Path(file.name), FullRecipe, overrides)
     path = Path(name_or_path)
     if not path.suffix:
         path = RECIPES / f"{name_or_path}.yaml"

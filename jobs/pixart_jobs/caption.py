@@ -65,6 +65,8 @@ def run(recipe: Recipe, tables: dict[str, Table], writer: TableWriter) -> Progre
         num_readers=settings.num_readers,
         num_actors=settings.num_workers,
         num_gpus=settings.num_gpus,
+        nodes=settings.nodes,
+        reader_nodes=recipe.data.nodes,
     )
 
 

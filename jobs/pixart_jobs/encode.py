@@ -100,6 +100,8 @@ def run(
             num_readers=recipe.encode.num_readers,
             num_actors=recipe.encode.num_workers,
             num_gpus=recipe.encode.num_gpus,
+            nodes=recipe.encode.nodes,
+            reader_nodes=recipe.data.nodes,
             only=partitions,
         )  # fmt: skip
 
@@ -163,7 +165,9 @@ def commit(recipe: Recipe, text: TableWriter, latents: dict[int, TableWriter]) -
         if settings.text_encoder.startswith("builtin:"):  # small: not worth a task's start
             text.commit(describe_text_encoder(settings))
         else:
-            describe = ray.remote(num_gpus=settings.num_gpus)(describe_text_encoder)
+            describe = ray.remote(num_gpus=settings.num_gpus, label_selector=settings.nodes)(
+                describe_text_encoder
+            )
             text.commit(ray.get(describe.remote(settings)))
     for writer in latents.values():
         if not writer.is_committed:

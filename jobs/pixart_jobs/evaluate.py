@@ -1,86 +1,82 @@
-"""Evaluation and its gates: draw held-out prompts with a version, read the pictures, count what is
-right; a version that passes becomes what services draw with.
+"""Evaluation: a suite's prompts drawn with a version, judged, and made into figures.
 
-The reader is fitted on the test scans, which neither the captioner nor any training scene used;
-the prompts are the one in ten that no training scene shows. The reader's own error on real test
-scenes is reported beside every score, since no score can be trusted beyond it.
+Three tables below ``evaluations``: drawings (of a snapshot, prompts, seeds and the way to draw, for
+all suites that judge them), judgements, and what a suite compares with. Each is made partition by
+partition on any number of workers, from where it was left, and its bytes depend on none of that. A
+partition is what is drawn in one batch. ``result.json``, written last, says all that was found.
 """
 
 import io
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from ray.data import ActorPoolStrategy, DataContext
 
-from pixart_jobs.recipe import DrawSettings, Recipe
-from pixart_jobs.scenes import compose, sample_reading
-from pixart_models.digits import DigitReader, Reading, UnreadableImage, describe
+from pixart_jobs.certainty import Figure
+from pixart_jobs.fidelity import FidelitySuite
+from pixart_jobs.promote import RESULT_FILE, evaluation_tag
+from pixart_jobs.recipe import DrawSettings, Recipe, check_suite
+from pixart_jobs.suites import (
+    DigitsSuite,
+    PromptsSuite,
+    Suite,
+    Workers,
+    encode_png,
+    judge_pictures,
+    read_rows,
+)
 from pixart_models.drawing import load_drawer
+from pixart_models.snapshot import load_config
 from pixart_platform.errors import PixartError
 from pixart_platform.manifest import load_manifest
+from pixart_platform.partitions import Sink, run_partitions
 from pixart_platform.recipe import digest_of
 from pixart_platform.registry import Registry, Version
 from pixart_platform.seeds import derive_seed
-from pixart_platform.storage import write_atomic
+from pixart_platform.storage import Folder, open_folder, write_atomic
+from pixart_platform.tables import OK, Table, TableWriter
+from pixart_platform.tracking import Tracker
 
-CHAMPION = "champion"
-PREVIOUS = "previous"
-_SHEET_COLUMNS = 8
-_SHEET_ROWS = 4
-_READER_SCENES = 200
+_SHEET_COLUMNS, _SHEET_ROWS = 8, 4
+_LOGGED_PICTURES = 16
+_MAX_PICTURES = 1_000_000
+
+
+class EvaluationError(PixartError):
+    """An evaluation that cannot be made as asked."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics in 0-1, and a sheet of the first pictures with their prompts."""
+    """What a suite found of a snapshot, and a sheet of the first pictures."""
 
-    metrics: dict[str, float]
+    suite: str
+    basis: str
+    figures: dict[str, Figure]
     prompts: tuple[str, ...]
     sheet: Path
+    notes: tuple[str, ...] = ()
 
-
-def held_out_prompts(count: int, seed: int) -> list[Reading]:
-    """``count`` readings that no training scene shows, singles and pairs mixed."""
-    rng = np.random.default_rng([seed, 7])
-    return [sample_reading(rng, held_out=True) for _ in range(count)]
-
-
-def score(wanted: list[Reading], seen: list[Reading | None]) -> dict[str, float]:
-    """Share of digits and colours drawn right, in their places, and of relations.
-
-    A picture that cannot be read, or shows another number of digits, is wrong in all.
-    """
-    digits = colors = relations = total = pairs = 0
-    for want, got in zip(wanted, seen, strict=True):
-        total += len(want.digits)
-        pairs += want.relation is not None
-        if got is None or len(got.digits) != len(want.digits):
-            continue
-        digits += sum(a == b for a, b in zip(want.digits, got.digits, strict=False))
-        colors += sum(a == b for a, b in zip(want.colors, got.colors, strict=False))
-        relations += want.relation is not None and want.relation == got.relation
-    found = {"digit_accuracy": digits / total, "color_accuracy": colors / total}
-    if pairs:
-        found["relation_accuracy"] = relations / pairs
-    return found
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: figure.value for name, figure in self.figures.items()}
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """An evaluation named by the digest of everything that decides its figures."""
+    """An evaluation, in a folder named by the digest of everything that decides its figures."""
 
     folder: Path
     snapshot: Path
     settings: dict[str, Any]
+    suite: Suite
 
     @property
     def result_path(self) -> Path:
@@ -90,118 +86,196 @@ class EvaluationPlan:
     def is_finished(self) -> bool:
         return self.result_path.is_file()
 
+    @property
+    def num_drawn(self) -> int:
+        return len(self.suite.prompts) * self.suite.copies
 
-def plan(recipe: Recipe, snapshot: Path, root: Path) -> EvaluationPlan:
-    """The digits suite on a snapshot."""
+    @property
+    def tables(self) -> Folder:
+        """Where drawings, judgements and references are, beside those of other evaluations."""
+        return open_folder(self.folder.parent)
+
+
+def require_suites(names: Sequence[str]) -> Sequence[str]:
+    """``names``, if all are suites. Raises EvaluationError, listing what there is."""
+    try:
+        for name in names:
+            check_suite(name)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
+    if not names:
+        raise EvaluationError("evaluate.suites names none; give --suite digits, prompts:FILE, ...")
+    return names
+
+
+def open_suite(
+    name: str, recipe: Recipe, side: int, root: Path, find: Callable[[], dict[str, Table]]
+) -> Suite:
+    """A suite by name, for pictures of ``side`` pixels; ``find`` looks for reference tables, where
+    one needs them.
+
+    Raises EvaluationError for an unknown one, and PixartError or ModelInputError as suites do.
+    """
+    kind, _, path = require_suites([name])[0].partition(":")
+    asked = recipe.evaluate
+    if kind == "prompts":
+        return PromptsSuite.open(path, asked.prompt_images, asked.detector)
+    if kind == "fidelity":
+        return FidelitySuite.open(recipe, side, find(), root)
+    return DigitsSuite(asked.num_prompts, asked.seed)
+
+
+def plan(
+    recipe: Recipe,
+    name: str,
+    snapshot: Path,
+    root: Path,
+    find_tables: Callable[[], dict[str, Table]],
+) -> EvaluationPlan:
+    """Suite ``name`` on a snapshot, below ``root``. Raises as ``open_suite`` does."""
+    config = load_config(snapshot)
+    if config.network.architecture != "pixart":
+        raise EvaluationError(
+            f"{snapshot} holds a {config.network.architecture}, which draws classes; evaluate a "
+            f"version that draws prompts"
+        )
+    suite = open_suite(name, recipe, config.resolution, root, find_tables)
+    if len(suite.prompts) * suite.copies > _MAX_PICTURES:
+        raise EvaluationError(
+            f"{name}: {len(suite.prompts)} prompts, {suite.copies} pictures each, are more than "
+            f"{_MAX_PICTURES} pictures; lower evaluate.prompt_images"
+        )
     settings = {
-        "suite": "digits/1",
-        "snapshot": load_manifest(snapshot).digest,
+        "suite": f"{suite.name}/{suite.revision}",
+        "seed": recipe.evaluate.seed,
         "draw": recipe.draw.model_dump(mode="json"),
-        "num_prompts": recipe.evaluate.num_prompts,
-        "seed": recipe.seed,
+        "copies": suite.copies,
+        "batch_images": recipe.evaluate.batch_images,
+        **suite.settings,
     }
-    return EvaluationPlan(root / f"digits-{digest_of(settings)[:8]}", snapshot, settings)
+    basis = digest_of(settings | {"prompts": list(suite.prompts)})[:8]
+    settings |= {"basis": basis, "snapshot": load_manifest(snapshot).digest}
+    folder = root / f"{suite.name}-{digest_of(settings)[:8]}"
+    return EvaluationPlan(folder, snapshot, settings, suite)
 
 
 def run(recipe: Recipe, plan: EvaluationPlan, on_progress: Callable[[int], None]) -> None:
-    """Draw, read and score; the result is written last."""
-    wanted = held_out_prompts(recipe.evaluate.num_prompts, recipe.seed)
-    prompts = [describe(reading) for reading in wanted]
-    rows = _draw_and_read(recipe, plan.snapshot, prompts, on_progress)
-    seen = [_parse(row["reading"]) for row in rows]
-    metrics = score(wanted, seen) | {"reader_accuracy": measure_reader(recipe.seed)}
-    _write_sheet(plan.folder / "sheet.png", [row["png"] for row in rows])
-    document = plan.settings | {"metrics": metrics, "prompts": prompts}
-    write_atomic(plan.result_path, json.dumps(document, indent=1).encode())
+    """Draw, judge, measure; ``on_progress`` hears how many pictures are drawn, of ``num_drawn``."""
+    suite, workers = plan.suite, Workers.of(recipe)
+    drawings = _draw(recipe, plan, workers, on_progress)
+    for _ in suite.prepare(plan.tables, workers):
+        pass
+    asked = {"judge": plan.settings["suite"], "settings": suite.settings}
+    judged = TableWriter.under(
+        plan.tables, "judgements", "judgements/1", asked, {"drawings": drawings}
+    )
+    if not judged.is_committed:
+        judged.adopt()
+        read = _ReadDrawings(drawings.folder.uri)
+        for _ in judge_pictures(suite, read, judged, workers):
+            pass
+        judged.commit()
+    measured = suite.measure(read_rows(Table.open(judged.folder)), plan.tables)
+    _write_sheet(
+        plan.folder / "sheet.png", [*islice(_pictures(drawings), _SHEET_COLUMNS * _SHEET_ROWS)]
+    )
+    document = plan.settings | {
+        "drawings": drawings.folder.name,
+        "prompts": list(suite.prompts),
+        "figures": {name: asdict(figure) for name, figure in measured.figures.items()},
+        "outcomes": measured.outcomes,
+        "notes": list(measured.notes),
+    }
+    write_atomic(plan.result_path, json.dumps(document, indent=1, allow_nan=False).encode())
 
 
 def load(plan: EvaluationPlan) -> Evaluation:
     """A finished evaluation, read back."""
-    document = json.loads(plan.result_path.read_text())
-    return Evaluation(document["metrics"], tuple(document["prompts"]), plan.folder / "sheet.png")
+    raw = json.loads(plan.result_path.read_text())
+    figures = {name: Figure(**figure) for name, figure in raw["figures"].items()}
+    return Evaluation(
+        raw["suite"].partition("/")[0], raw["basis"], figures, tuple(raw["prompts"]),
+        plan.folder / "sheet.png", tuple(raw["notes"]),
+    )  # fmt: skip
 
 
-def _draw_and_read(
-    recipe: Recipe, snapshot: Path, prompts: list[str], on_progress: Callable[[int], None]
-) -> list[dict[str, Any]]:
-    """One row a prompt, in order: what the reader saw, and the picture as PNG."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_max_block_size = None
-    size = recipe.evaluate.batch_images
-    starts = range(0, len(prompts), size)
-    items = [
-        {"start": s, "prompts": prompts[s : s + size]} for s in starts
-    ]  # one block each: a batch is the unit of work
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _DrawAndRead,
-        fn_constructor_args=(snapshot, recipe.draw, recipe.seed),
-        compute=ActorPoolStrategy(size=min(recipe.train.num_workers, len(items))),
-        batch_format="pyarrow",
-        batch_size=None,
-        num_gpus=1 if recipe.train.use_gpu else 0,
-    )
-    rows: list[dict[str, Any]] = []
-    for row in dataset.iter_rows():
-        rows.append(row)
-        on_progress(len(rows))
-    return sorted(rows, key=lambda row: int(row["index"]))
-
-
-class _DrawAndRead:
-    def __init__(self, snapshot: Path, draw: DrawSettings, seed: int) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._drawer = load_drawer(snapshot, device)
-        self._reader = DigitReader("test")
-        self._draw, self._seed = draw, seed
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = []
-        for item in batch.to_pylist():
-            indices = [item["start"] + i for i in range(len(item["prompts"]))]
-            seeds = [derive_seed(self._seed, "evaluate", i) for i in indices]
-            pictures = self._drawer.draw(
-                item["prompts"], seeds, steps=self._draw.num_steps, guidance=self._draw.guidance
-            )
-            for index, picture in zip(indices, pictures, strict=True):
-                rows.append({"index": index, "reading": self._read(picture), "png": _png(picture)})
-        return pa.Table.from_pylist(rows)
-
-    def _read(self, picture: NDArray[np.uint8]) -> str:
-        try:
-            reading = self._reader.read(picture)
-        except UnreadableImage:
-            return ""
-        return json.dumps([reading.digits, reading.colors, reading.relation])
-
-
-def _parse(text: str) -> Reading | None:
-    if not text:
-        return None
-    digits, colors, relation = json.loads(text)
-    return Reading(tuple(digits), tuple(colors), relation)
-
-
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="png")
-    return buffer.getvalue()
-
-
-def measure_reader(seed: int) -> float:
-    """Digit accuracy of the evaluation's reader on real scenes of *train* scans, unseen by it."""
-    reader = DigitReader("test")
-    rng = np.random.default_rng([seed, 8])
-    scenes = [
-        compose(sample_reading(rng, held_out=True), "train", rng) for _ in range(_READER_SCENES)
+def _draw(
+    recipe: Recipe, plan: EvaluationPlan, workers: Workers, on_progress: Callable[[int], None]
+) -> Table:
+    suite, size = plan.suite, recipe.evaluate.batch_images
+    prompts = [prompt for prompt in suite.prompts for _ in range(suite.copies)]
+    seed = recipe.evaluate.seed
+    seeds = [derive_seed(seed, "evaluate", i) for i in range(len(prompts))]
+    parts = [
+        digest_of({"prompts": prompts[s : s + size], "seeds": seeds[s : s + size]})
+        for s in range(0, len(prompts), size)
     ]
-    seen: list[Reading | None] = [*reader.read_many([scene.image for scene in scenes])]
-    return score([scene.reading for scene in scenes], seen)["digit_accuracy"]
+    asked = {
+        "snapshot": plan.settings["snapshot"], "draw": plan.settings["draw"],
+        "_pictures": digest_of({"parts": parts}),
+    }  # fmt: skip
+    writer = TableWriter.under(plan.tables, "drawings", "drawings/1", asked, {}, parts)
+    if not writer.is_committed:
+        done = size * (writer.adopt() + len(writer.written()))
+        for _ in run_partitions(
+            read=_ReadPrompts(tuple(prompts), tuple(seeds), size), transform=_Draw,
+            transform_kwargs={"snapshot": plan.snapshot, "draw": recipe.draw},
+            sinks=[Sink.of(writer, ("id", "status", "prompt", "seed", "png"))],
+            num_readers=min(workers.count, len(parts)), num_actors=workers.count,
+            num_gpus=workers.num_gpus, nodes=workers.nodes,
+        ):  # fmt: skip
+            done += size
+            on_progress(min(done, len(prompts)))
+        writer.commit()
+    return Table.open(writer.folder)
 
 
-def _write_sheet(path: Path, pngs: list[bytes]) -> None:
+@dataclass(frozen=True)
+class _ReadPrompts:
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    size: int
+
+    def __call__(self, k: int) -> pa.Table:
+        mine = range(k * self.size, min((k + 1) * self.size, len(self.prompts)))
+        return pa.table({
+            "id": [f"{i:016x}" for i in mine],
+            "prompt": [self.prompts[i] for i in mine],
+            "seed": pa.array([self.seeds[i] for i in mine], pa.int64()),
+        })  # fmt: skip
+
+
+class _Draw:
+    def __init__(self, snapshot: Path, draw: DrawSettings) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._drawer, self._draw = load_drawer(snapshot, device), draw
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        pictures = self._drawer.draw(
+            rows["prompt"].to_pylist(), rows["seed"].to_pylist(),
+            steps=self._draw.num_steps, guidance=self._draw.guidance,
+        )  # fmt: skip
+        rows = rows.append_column("status", pa.array([OK] * rows.num_rows))
+        return rows.append_column("png", pa.array(map(encode_png, pictures), pa.binary()))
+
+
+@dataclass(frozen=True)
+class _ReadDrawings:
+    drawings: str
+
+    def __call__(self, k: int) -> pa.Table:
+        return Table.open(self.drawings).read(k, ["id", "prompt", "png"])
+
+
+def _pictures(drawings: Table) -> Iterator[bytes]:
+    """PNG files, in order."""
+    for k in range(drawings.num_partitions):
+        yield from drawings.read(k, ["png"])["png"].to_pylist()
+
+
+def _write_sheet(path: Path, pngs: Sequence[bytes]) -> None:
     """The first pictures side by side, row by row."""
-    pictures = [Image.open(io.BytesIO(png)) for png in pngs[: _SHEET_COLUMNS * _SHEET_ROWS]]
+    pictures = [Image.open(io.BytesIO(png)) for png in pngs]
     width, height = pictures[0].size
     rows = -(-len(pictures) // _SHEET_COLUMNS)
     sheet = Image.new("RGB", (width * _SHEET_COLUMNS, height * rows))
@@ -211,35 +285,33 @@ def _write_sheet(path: Path, pngs: list[bytes]) -> None:
     sheet.save(path)
 
 
-class PromotionRefused(PixartError):
-    """A version that did not pass a gate; aliases are as they were."""
+def record(registry: Registry, version: Version, plan: EvaluationPlan, tracker: Tracker) -> None:
+    """Put a finished evaluation into its run and on the version, unless it is there already.
 
-
-def check_gates(recipe: Recipe, version: Version, metrics: dict[str, float]) -> None:
-    """Raise PromotionRefused naming each gate that fails and by how much."""
-    failures = []
-    for name, minimum in recipe.evaluate.minimum.items():
-        value = metrics.get(name)
-        if value is None:
-            failures.append(f"{name} was not measured (it has {', '.join(sorted(metrics))})")
-        elif not value >= minimum:  # so that nan fails, too
-            failures.append(f"{name} = {value:.3f} is below {minimum:g} by {minimum - value:.3f}")
-    if failures:
-        raise PromotionRefused(
-            f"{version.name} version {version.number} is not promoted: {'; '.join(failures)}. "
-            f"Train longer, or lower evaluate.minimum"
-        )
-
-
-def promote(
-    recipe: Recipe, registry: Registry, version: Version, metrics: dict[str, float]
-) -> None:
-    """Verify the snapshot, check the gates, move ``champion`` and keep ``previous``."""
-    version.verify()
-    check_gates(recipe, version, metrics)
-    standing = registry.aliases().get(CHAMPION)
-    if standing == version.number:
+    The step is the images the version's stage had seen, so that runs line up.
+    """
+    raw = json.loads(plan.result_path.read_text())
+    figures = {name: Figure(**figure) for name, figure in raw["figures"].items()}
+    tag = evaluation_tag(plan.suite.name, raw["basis"], tracker.run_id, figures)
+    if tag.items() <= version.tags.items():
         return
-    if standing is not None:
-        registry.set_alias(PREVIOUS, registry.get(str(standing)))
-    registry.set_alias(CHAMPION, version)
+    images = _images_seen(version, tracker.uri)
+    tracker.set_tags({"suite": raw["suite"], "version": f"{version.name}/{version.number}"})
+    tracker.log_text(json.dumps(raw), RESULT_FILE)
+    for name, figure in figures.items():
+        ends = {f"{name}_low": figure.low, f"{name}_high": figure.high}
+        tracker.log_metrics({name: figure.value} | ends, images)
+    drawings = Table.open(plan.tables / raw["drawings"])
+    firsts = islice(_pictures(drawings), 0, _LOGGED_PICTURES * plan.suite.copies, plan.suite.copies)
+    for i, png in enumerate(firsts):
+        picture = np.asarray(Image.open(io.BytesIO(png)))
+        tracker.log_image(picture, f"prompt_{i:03d}", images)
+    registry.tag(version, tag)
+
+
+def _images_seen(version: Version, uri: str) -> int:
+    """By its stage; of versions registered before that was kept, where its loss ends."""
+    if told := version.tags.get("images_seen"):
+        return int(told)
+    losses = Tracker(uri, version.run_id).history("loss") if version.run_id else []
+    return losses[-1][0] if losses else 0

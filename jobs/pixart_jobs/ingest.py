@@ -45,6 +45,8 @@ def run(recipe: Recipe, source: Source, writer: TableWriter) -> Progress:
         sinks=[Sink.of(writer, SCHEMAS[SCHEMA].names)],
         num_readers=recipe.data.num_workers,
         num_actors=recipe.data.num_workers,
+        nodes=recipe.data.nodes,
+        reader_nodes=recipe.data.nodes,
     )
 
 

@@ -1,4 +1,4 @@
-"""The whole way, in order: ingest, select, caption, encode, the stages, evaluate, evaluate.
+"""The whole way, in order: ingest, select, caption, encode, the stages, evaluate.
 
 Each job is found finished, continued or started by the digest of what it is asked for, so running
 a pipeline again is resuming it. Jobs meet through tables and manifests only; this file alone knows
@@ -7,29 +7,35 @@ their order. Each job is a child run of the pipeline's run in MLflow and is char
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from pixart_jobs import caption, encode, evaluate, ingest, selection, stage, train
 from pixart_jobs.evaluate import Evaluation
+from pixart_jobs.fidelity import find_tables
+from pixart_jobs.promote import promote
 from pixart_jobs.recipe import Recipe
 from pixart_jobs.sources import open_source
 from pixart_jobs.stage import StageInputs, StagePlan
 from pixart_platform.accounting import Cost, measure
+from pixart_platform.copies import publish
 from pixart_platform.errors import PixartError, RecipeError
-from pixart_platform.manifest import current_commit
+from pixart_platform.machine import describe_machine, list_packages
+from pixart_platform.manifest import current_commit, load_manifest
 from pixart_platform.partitions import Progress
 from pixart_platform.recipe import digest_of
-from pixart_platform.registry import Registry, Version
+from pixart_platform.registry import PARENT_TAG, Registry, Version
 from pixart_platform.storage import Folder, open_folder, write_atomic
 from pixart_platform.tables import OK, Table, TableWriter, find_rejects
-from pixart_platform.tracking import Tracker, sqlite_uri
+from pixart_platform.tracking import Tracker, bury, sqlite_uri
 
 _SHOWN_REJECTS = 1000  # of each table, in the report
+_Tables = Callable[[], dict[str, Table]]
 
 
 class Monitor(Protocol):
@@ -42,8 +48,6 @@ class Monitor(Protocol):
 
 
 class JobMonitor(Protocol):
-    """Progress of one job."""
-
     def reach(self, done: int) -> None: ...
 
 
@@ -64,7 +68,7 @@ class Result:
     tables: dict[str, Table]
     caption_accuracy: float | None
     stages: list[StageResult]
-    evaluation: Evaluation | None
+    evaluations: list[Evaluation]
     cost: Cost
     tracking_uri: str
     rejects: list[dict[str, str]] = field(default_factory=list)  # the first of each table
@@ -73,6 +77,11 @@ class Result:
     @property
     def version(self) -> Version:
         return self.stages[-1].version
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of all suites."""
+        return {k: v for found in self.evaluations for k, v in found.metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Workspace:
     scratch: Path
 
     @classmethod
-    def under(cls, root: Path, scratch: Path, tracking_uri: str | None = None) -> "Workspace":
+    def under(cls, root: Path, scratch: Path, tracking_uri: str = "") -> "Workspace":
         root.mkdir(parents=True, exist_ok=True)
         return cls(root, tracking_uri or sqlite_uri(root), scratch)
 
@@ -127,18 +136,23 @@ class Pipeline:
     @contextmanager
     def _recorded(self) -> Iterator[None]:
         """The pipeline's run in MLflow, with how it ended."""
+        bury(self._space.tracking_uri, self._recipe.name)
         params = self._recipe.model_dump(mode="json", exclude={"accounting", "plan"})
         self._run = self._start_run("pipeline", self._identity, None, params)
-        self._run.set_tags({"git_commit": current_commit(), "workspace": str(self._space.root)})
+        origin = {"git_commit": current_commit(), "workspace": str(self._space.root)}
+        self._run.set_tags(origin | describe_machine())
+        self._run.log_text(list_packages(), "packages.txt")
         try:
             yield
-        except BaseException:
-            self._run.finish("FAILED")
+        except BaseException as error:  # Ctrl-C ends a run, too
+            self._run.finish(_end_of(error))
             raise
         self._run.finish()
 
     def _run_jobs(self, promote_result: bool) -> Result:
+        self._check_suites({})
         tables = self.make_tables()
+        self._check_suites(tables)
         accuracy = None
         if self._recipe.data.source == "digits":  # no other knows the truth
             accuracy = caption.measure_accuracy(tables["images"], tables["captions"])
@@ -150,19 +164,20 @@ class Pipeline:
             f"{density['dense_nouns_per_caption']:.1f} dense"
         )
         stages = self._train_stages(tables, self._recipe.stages)
-        evaluation = None
-        if self._recipe.data.source == "digits":
-            evaluation = self._evaluate(stages[-1])
-            if promote_result:
-                evaluate.promote(
-                    self._recipe, self._registry, stages[-1].version, evaluation.metrics
-                )
-        elif promote_result:
-            self._monitor.note("not promoted: the digits suite cannot judge other images")
-        return Result(
-            self._recipe, tables, accuracy, stages, evaluation, self._total_cost(),
+        suites = self._recipe.suites
+        evaluations = self._evaluate(
+            stages[-1].version, suites, self._find_references(lambda: tables), self._run
+        )
+        result = Result(
+            self._recipe, tables, accuracy, stages, evaluations, self._total_cost(),
             self._space.tracking_uri, self._rejects, self._num_rejected,
         )  # fmt: skip
+        if promote_result and suites:
+            version = self._registry.get(str(result.version.number))  # with its figures
+            promote(self._recipe, self._registry, version, why=f"pipeline {self._identity}")
+        elif promote_result:
+            self._monitor.note("not promoted: evaluate.suites names none to judge these images")
+        return result
 
     def make_tables(self) -> dict[str, Table]:
         """What the stages read, by kind; latents by resolution, as ``latents-32``."""
@@ -243,13 +258,14 @@ class Pipeline:
             parent = self._find_parent(settings.start_from, number, results)
             latents = tables[f"latents-{settings.resolution}"]
             inputs = StageInputs(
-                tables["images"], tables["text"], latents, parent.folder if parent else None
+                tables["images"], tables["text"], latents, _snapshot_of(parent, results)
             )
             plan = stage.plan(self._recipe, name, inputs, self._space.root / "stages")
             self._keys.add(plan.folder.name)
             tracker = self._start_run(
                 name, plan.digest, self._run, settings.model_dump(mode="json")
             )
+            tracker.set_tags({PARENT_TAG: str(parent.number) if parent else ""})
             if not plan.is_finished:
                 for table in (inputs.images, inputs.text, latents):
                     tracker.log_table(table, "training")
@@ -273,9 +289,7 @@ class Pipeline:
             return results[-1].version
         earlier = f"stage{number - 1}"
         reference = earlier if start_from == "previous" else start_from.removeprefix("registry:")
-        version = self._registry.get(reference)
-        version.verify()
-        return version
+        return self._registry.get(reference)
 
     def _register(
         self, plan: StagePlan, number: int, tracker: Tracker, parent: Version | None
@@ -284,27 +298,59 @@ class Pipeline:
             "stage": plan.name,
             "stage_digest": plan.digest,
             "recipe_digest": self._identity,
-            "parent_version": str(parent.number) if parent else "",
+            PARENT_TAG: str(parent.number) if parent else "",
+            "images_seen": str(plan.num_images),
             **{f"input_{name}": digest for name, digest in plan.inputs.digests().items()},
         }
-        version = self._registry.register(plan.snapshot_folder, tracker.run_id, tags)
+        place = open_folder(plan.snapshot_folder)
+        if kept := self._recipe.train.snapshots:
+            digest = load_manifest(place).digest
+            place = open_folder(kept) / f"{plan.folder.name}-{digest}"
+            publish(plan.snapshot_folder, place)
+        version = self._registry.register(place, tracker.run_id, tags)
         self._registry.set_alias(f"stage{number}", version)
         return version
 
-    def _evaluate(self, last: StageResult) -> Evaluation:
-        recipe = self._recipe
-        plan = evaluate.plan(recipe, last.plan.snapshot_folder, self._space.root / "evaluations")
-        self._keys.add(plan.folder.name)
-        tracker = self._start_run("evaluate", plan.folder.name, self._run, plan.settings)
-        if not plan.is_finished:
-            total = recipe.evaluate.num_prompts
-            with self._job("evaluate", plan.folder.name, total, "pictures", tracker) as job:
-                evaluate.run(recipe, plan, job.reach)
-        found = evaluate.load(plan)
-        tracker.log_metrics(found.metrics, last.plan.num_images)
-        tracker.finish()
-        self._registry.tag(last.version, {k: f"{v:.4f}" for k, v in found.metrics.items()})
-        return found
+    def _check_suites(self, tables: dict[str, Table]) -> None:
+        """Raise what evaluation would at the end, before the work: those that need tables, then."""
+        side = [*self._recipe.stages.values()][-1].resolution
+        root = self._space.root / "evaluations"
+        for name in self._recipe.suites:
+            if tables or name != "fidelity":
+                find = self._find_references(lambda: tables)
+                evaluate.open_suite(name, self._recipe, side, root, find)
+
+    def _find_references(
+        self, own: Callable[[], dict[str, Table]]
+    ) -> Callable[[], dict[str, Table]]:
+        """The recipe's reference if it names one, else its own tables."""
+        if not self._recipe.evaluate.reference:
+            return own
+        return partial(find_tables, self._recipe, self._space.open_store(""))
+
+    def evaluate(self, version: Version, suites: Sequence[str]) -> list[Evaluation]:
+        """Any version with these suites. Raises PixartError or ModelInputError."""
+        store = self._space.open_store(self._recipe.data.store)
+        find = partial(find_tables, self._recipe, store)
+        return self._evaluate(version, suites, find, None)
+
+    def _evaluate(
+        self, version: Version, suites: Sequence[str], find: _Tables,
+        parent: Tracker | None,
+    ) -> list[Evaluation]:  # fmt: skip
+        root = self._space.root / "evaluations"
+        here = version.fetch()
+        plans = [evaluate.plan(self._recipe, s, here, root, find) for s in suites]
+        for plan in plans:
+            name = plan.folder.name
+            self._keys.add(name)
+            tracker = self._start_run("evaluate", name, parent, plan.settings)
+            if not plan.is_finished:
+                with self._job("evaluate", name, plan.num_drawn, "pictures", tracker) as job:
+                    evaluate.run(self._recipe, plan, job.reach)
+            evaluate.record(self._registry, version, plan, tracker)
+            tracker.finish()
+        return [evaluate.load(plan) for plan in plans]
 
     def _start_run(
         self, name: str, identity: str, parent: Tracker | None, params: dict[str, Any]
@@ -326,9 +372,9 @@ class Pipeline:
                 self._monitor.job(name, total, unit) as job,
             ):
                 yield job
-        except BaseException:
+        except BaseException as error:  # Ctrl-C, too
             if tracker:
-                tracker.finish("FAILED")
+                tracker.finish(_end_of(error))
             raise
         record = {"job": name, "key": key} | asdict(cost)
         name_of_attempt = f"{key}-{time.time_ns()}.json"
@@ -341,3 +387,14 @@ class Pipeline:
         records = [json.loads(path.read_text()) for path in self._space.costs.glob("*.json")]
         mine = [record for record in records if record["key"] in self._keys]
         return Cost(**{name: sum(r.get(name, 0.0) for r in mine) for name in vars(Cost())})
+
+
+def _end_of(error: BaseException) -> str:
+    """How MLflow calls it."""
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def _snapshot_of(version: Version | None, made: list[StageResult]) -> Path | None:
+    """A parent's snapshot on this machine, where it was made or verified and fetched."""
+    here = [r.plan.snapshot_folder for r in made if r.version == version]
+    return here[0] if here else version.fetch() if version else None

@@ -24,9 +24,9 @@ def print_plan(plan: Plan) -> str:
     recipe, machine = plan.recipe, plan.machine
     blocks = [
         [f"{recipe.name} on {recipe.train.num_workers} x {machine.name}"],
-        _table([_WORK, *(_work(stage) for stage in plan.stages)]),
+        format_table([_WORK, *(_work(stage) for stage in plan.stages)]),
         ["GiB of each worker by ZeRO stage, * as the recipe has it",
-         *_table([_MEMORY, *(_memory(plan, stage) for stage in plan.stages)])],
+         *format_table([_MEMORY, *(_memory(plan, stage) for stage in plan.stages)])],
         _cost(plan),
         _storage(plan),
         ["assumed", *(f"  - {line}" for line in _assumptions(plan))],
@@ -34,7 +34,8 @@ def print_plan(plan: Plan) -> str:
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -100,14 +101,17 @@ def _cost(plan: Plan) -> list[str]:
                 f"{hours / 24 / known - 1:+.0%}" if known else "-",
             ]
         )  # fmt: skip
-    return [*_table(rows), PAPER]
+    return [*format_table(rows), PAPER]
 
 
 def _storage(plan: Plan) -> list[str]:
     rows = count_rows(plan.recipe)
     lines = [f"storage, {rows:,} pictures" if rows else "storage; set plan.num_images for tables"]
     table = [[f"  {name}", f"{size / 1e9:,.2f} GB"] for name, size in plan.storage.items()]
-    return [*lines, *_table([*table, ["  total", f"{sum(plan.storage.values()) / 1e9:,.2f} GB"]])]
+    return [
+        *lines,
+        *format_table([*table, ["  total", f"{sum(plan.storage.values()) / 1e9:,.2f} GB"]]),
+    ]
 
 
 def _assumptions(plan: Plan) -> list[str]:

@@ -1,7 +1,9 @@
 """The recipe of a whole pipeline: one section a job, each validated before anything runs."""
 
+import difflib
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -10,7 +12,7 @@ from pixart_models.config import PRESETS, ModelInputError, NetworkConfig, get_pr
 from pixart_models.diffusion import get_objective
 from pixart_models.token_drop import TokenDrop
 from pixart_platform.accounting import AccountingSettings
-from pixart_platform.recipe import Count, Section
+from pixart_platform.recipe import Count, NodeLabels, Section
 
 _BLOCK_BYTES = 2 << 30  # decoded pixels of one partition
 RECIPES = Path(__file__).parent / "recipes"
@@ -56,6 +58,8 @@ class DataSettings(Section):
     """Keep the pictures' bytes in the image table; otherwise later jobs fetch them from the source
     again: a picture that has changed since is rejected, one that is not there stops the job."""
     num_workers: int = Field(2, ge=1, le=1024)
+    nodes: NodeLabels = Field(default_factory=dict)
+    """Where files are read, decoded and written, for every table."""
 
 
 class SelectSettings(Section):
@@ -103,6 +107,8 @@ class CaptionSettings(Section):
     num_workers: int = Field(2, ge=1, le=1024)
     num_gpus: float = Field(0, ge=0, le=8)
     """GPUs of each worker."""
+    nodes: NodeLabels = Field(default_factory=dict)
+    """Where captioners run; not those of ``vllm:``, whose engines take any GPU."""
 
     @model_validator(mode="after")
     def _one_weight_a_caption(self) -> "CaptionSettings":
@@ -145,6 +151,7 @@ class EncodeSettings(Section):
     num_workers: int = Field(2, ge=1, le=1024)
     num_gpus: float = Field(0, ge=0, le=8)
     """GPUs of each worker."""
+    nodes: NodeLabels = Field(default_factory=dict)
 
     @property
     def bucketed(self) -> tuple[int, ...]:
@@ -174,16 +181,76 @@ class DrawSettings(Section):
     guidance: float = Field(2.5, ge=1, le=20)
 
 
-Metric = Literal["digit_accuracy", "color_accuracy", "relation_accuracy", "reader_accuracy"]
+_METRICS = (
+    "digit_accuracy", "color_accuracy", "relation_accuracy", "count_accuracy", "reader_accuracy",
+    "fid", "kid", "precision", "recall", "clip_score",
+)  # fmt: skip
+_FILE_METRIC = re.compile(r"[a-z0-9-]+_[A-Za-z0-9_-]+")
+
+
+def _check_metric(name: str) -> str:
+    near = difflib.get_close_matches(name, _METRICS, n=1)
+    if name in _METRICS or (_FILE_METRIC.fullmatch(name) and not near):
+        return name
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"no suite measures {name!r}; {hint}there are {', '.join(_METRICS)}, and "
+                     f"FILE_TAG and FILE_overall of a suite prompts:FILE")  # fmt: skip
+
+
+Metric = Annotated[str, AfterValidator(_check_metric)]
+"""A figure of a suite."""
+
+
+def check_suite(name: str) -> str:
+    """``name``, if there is such a suite. Raises ValueError, listing them."""
+    kind, _, path = name.partition(":")
+    if name in ("digits", "fidelity") or (kind == "prompts" and path):
+        return name
+    raise ValueError(
+        f"suite {name!r} is not known; there are digits, prompts:FILE (a file of GenEval's form) "
+        f"and fidelity"
+    )
 
 
 class EvaluateSettings(Section):
-    """Evaluation and the gates of promotion."""
+    """What a version is measured with, and the gates of promotion."""
 
+    suites: tuple[Annotated[str, AfterValidator(check_suite)], ...] | None = None
+    """Suites at the end of a pipeline: ``digits``, ``prompts:FILE``, ``fidelity``; left out, digits
+    for the sample scenes and none for others."""
+    seed: int = 0
+    """Of prompts and their noise; apart from the pipeline's, so that its runs are asked the same.
+    """
     num_prompts: int = Field(160, ge=2, le=100_000)
+    """Of the suite digits."""
+    prompt_images: int = Field(4, ge=1, le=64)
+    """Pictures of each prompt of a file; GenEval's are 4."""
+    detector: str = "builtin:digits"
+    """Who finds objects for ``prompts:FILE``: the digit reader, which knows ``zero`` to ``nine``,
+    or ``module:name`` of a function, or of a class made once a worker, that is called with a
+    picture (H, W, 3) and answers ``{class, box, score, color}`` for each object."""
+    reference: str = ""
+    """The caption table, path or s3://, whose captions fidelity draws and whose pictures it
+    compares with; left out, the recipe's own."""
+    num_references: Count = Field(2000, ge=8, le=100_000)
+    """Pictures that fidelity draws, and as many it compares them with. FID falls as it grows:
+    compare equal numbers only; 30,000 of COCO are usual."""
+    extractor: str = "builtin:pca"
+    """Whose features fidelity compares: principal components of the references; a folder with the
+    official Inception's file; or a transformers image model by folder or hub id."""
+    clip: str = ""
+    """A CLIP by folder or hub id for the CLIP score; left out, there is none."""
     batch_images: int = Field(40, ge=1, le=4096)
+    """Pictures drawn and judged at a time, and lost at most when a worker dies."""
+    num_workers: int | None = Field(None, ge=1, le=1024)
+    """Left out, as many as train; figures are the same with any."""
+    nodes: NodeLabels = Field(default_factory=dict)
     minimum: dict[Metric, float] = Field(default_factory=dict)
     """Lowest value of each metric that may be promoted."""
+    maximum: dict[Metric, float] = Field(default_factory=dict)
+    """Highest value of each metric that may be promoted, as of ``fid``."""
+    not_worse: tuple[Metric, ...] = ()
+    """Metrics that may not be worse than the champion's beyond the champion's own interval."""
 
 
 class PlanSettings(Section):
@@ -225,6 +292,13 @@ class Recipe(Section):
         if self.caption.captioner != "auto":
             return self.caption.captioner
         return "builtin:digits" if self.data.source == "digits" else "builtin:raw"
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """What a pipeline evaluates with, the default resolved."""
+        if self.evaluate.suites is not None:
+            return self.evaluate.suites
+        return ("digits",) if self.data.source == "digits" else ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

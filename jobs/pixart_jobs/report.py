@@ -1,41 +1,31 @@
 """The report of a pipeline: one self-contained HTML page, and a flat ``summary.json``."""
 
-import base64
 import html
 import json
 from pathlib import Path
 
+from pixart_jobs.certainty import Figure
+from pixart_jobs.page import Line, document, embed, line_chart
 from pixart_jobs.pipeline import Result
 from pixart_jobs.sheet import sheet_of
 from pixart_platform.storage import write_atomic
 
 _CAPTION_SAMPLES = 8
-_COLORS = ("#2563eb", "#16a34a", "#d97706", "#9333ea")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1f2937; } h1, h2 { line-height: 1.2; } table { border-collapse: collapse; width: 100%; }
-td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e7eb; }
-img { image-rendering: pixelated; max-width: 100%; border-radius: 4px; } code, pre { background:
-#f3f4f6; padding: .1rem .3rem; border-radius: 4px; } pre { padding: .8rem; overflow-x: auto; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; } .figures div { background: #f3f4f6;
-  border-radius: 8px; padding: .6rem 1rem; } .figures b { display: block; font-size: 1.4rem; }
-.small { color: #6b7280; font-size: 13px; } svg text { font: 11px system-ui, sans-serif; }
-"""
 
 
 def summarize(result: Result, image: Path | None, baseline: Result | None) -> dict[str, object]:
     """The flat summary, ready for JSON."""
     summary: dict[str, object] = {
         "captioner_accuracy": result.caption_accuracy,
-        **(result.evaluation.metrics if result.evaluation else {}),
+        **result.metrics,
         **vars(result.cost),
         "model": result.recipe.name,
         "model_version": result.version.number,
         "image": str(image) if image else None,
         "rejected_images": result.num_rejected,
     }
-    if baseline and baseline.evaluation:
-        summary |= {f"baseline_{k}": v for k, v in baseline.evaluation.metrics.items()}
+    if baseline and baseline.evaluations:
+        summary |= {f"baseline_{k}": v for k, v in baseline.metrics.items()}
         summary["baseline_objective"] = baseline.recipe.train.objective
     return summary
 
@@ -60,12 +50,7 @@ def write(
         "<p class=small>Energy and CO2 are codecarbon's estimate from the processor's rated power."
         "</p>",
     ]
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-        f"content='width=device-width'><title>{html.escape(result.recipe.name)}</title>"
-        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>"
-    )
-    write_atomic(folder / "report.html", page.encode())
+    write_atomic(folder / "report.html", document(result.recipe.name, parts).encode())
     return summary
 
 
@@ -86,11 +71,6 @@ def _cost(result: Result) -> str:
     )
 
 
-def _embed(data: bytes, width: int, alt: str) -> str:
-    encoded = base64.b64encode(data).decode()
-    return f"<img width={width} alt='{html.escape(alt)}' src='data:image/png;base64,{encoded}'>"
-
-
 def _figures(summary: dict[str, object]) -> str:
     shown = []
     for key, unit in (
@@ -108,7 +88,7 @@ def _served(result: Result, image: Path | None) -> str:
     if image is None:
         return ""
     return (
-        f"<h2>A picture from the service</h2><p>{_embed(image.read_bytes(), 192, 'served picture')}"
+        f"<h2>A picture from the service</h2><p>{embed(image.read_bytes(), 192, 'served picture')}"
         f"<br><span class=small>drawn by {html.escape(result.recipe.name)} version "
         f"{result.version.number} over HTTP</span></p>"
     )
@@ -120,35 +100,12 @@ def _captions(result: Result) -> str:
 
 
 def _curves(result: Result) -> str:
-    """Loss against images seen, all stages on one axis, as SVG."""
-    width, height, left, bottom = 760, 240, 44, 24
+    """Loss against images seen, all stages on one axis."""
     offset, curves = 0, []
     for stage in result.stages:
-        curves.append((stage.plan.name, [(offset + x, y) for x, y in stage.losses]))
+        curves.append(Line(stage.plan.name, [(offset + x, y) for x, y in stage.losses]))
         offset += stage.plan.num_images
-    values = [y for _, points in curves for _, y in points]
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-
-    def place(x: float, y: float) -> str:
-        across = left + (width - left) * x / offset
-        return f"{across:.1f},{(height - bottom) * (1 - (y - low) / span):.1f}"
-
-    lines = []
-    for i, (name, points) in enumerate(curves):
-        color = _COLORS[i % len(_COLORS)]
-        path = " ".join(place(x, y) for x, y in points)
-        lines.append(f"<polyline fill=none stroke='{color}' stroke-width=2 points='{path}'/>")
-        legend = width - 110 * (len(curves) - i)
-        lines.append(f"<text x={legend} y=12 fill='{color}'>{html.escape(name)}</text>")
-    return (
-        f"<h2>Loss</h2><svg viewBox='0 0 {width} {height}' role=img aria-label='loss curves'>"
-        f"<text x=0 y=12>{high:.3f}</text><text x=0 y={height - bottom}>{low:.3f}</text>"
-        f"<text x={left} y={height - 4}>0</text><text x={width} y={height - 4} text-anchor=end>"
-        f"{offset:,} images seen</text>{''.join(lines)}</svg>"
-    )
+    return f"<h2>Loss</h2>{line_chart(curves, offset, 'images seen')}" if curves else ""
 
 
 def _previews(result: Result) -> str:
@@ -157,7 +114,7 @@ def _previews(result: Result) -> str:
         parts.append(f"<h3>{html.escape(stage.plan.name)}</h3>")
         parts += [
             f"<p class=small>{int(path.stem):,} images<br>"
-            f"{_embed(path.read_bytes(), 640, f'previews at {path.stem} images')}</p>"
+            f"{embed(path.read_bytes(), 640, f'previews at {path.stem} images')}</p>"
             for path in sorted(stage.plan.preview_folder.glob("*.png"))
         ]
     prompts = "".join(f"<li>{html.escape(p)}" for p in result.recipe.train.preview_prompts)
@@ -165,26 +122,37 @@ def _previews(result: Result) -> str:
 
 
 def _evaluation(result: Result, baseline: Result | None) -> str:
-    found = result.evaluation
-    if found is None:
-        return ""
-    columns = [result] + ([baseline] if baseline and baseline.evaluation else [])
+    columns = [result] + ([baseline] if baseline and baseline.evaluations else [])
     head = "".join(f"<th>{r.recipe.train.objective}" for r in columns)
-    rows = "".join(
-        f"<tr><td>{name.replace('_', ' ')}"
-        + "".join(
-            f"<td>{r.evaluation.metrics.get(name, float('nan')):.1%}"
-            for r in columns
-            if r.evaluation
+    parts = []
+    for found in result.evaluations:
+        others = [e for r in columns[1:] for e in r.evaluations if e.suite == found.suite]
+        rows = "".join(
+            f"<tr><td>{html.escape(name.replace('_', ' '))}"
+            + "".join(f"<td>{_show(e.figures.get(name))}" for e in (found, *others))
+            for name in found.figures
         )
-        for name in found.metrics
-    )
-    return (
-        f"<h2>Held-out prompts</h2><table><tr><th>share right{head}{rows}</table>"
-        "<p class=small>No training scene shows these prompts. The pictures are read by a "
-        "classifier fitted on test scans, which nothing else used; reader accuracy is its own on "
-        f"real scenes.</p>{_embed(found.sheet.read_bytes(), 720, 'held-out prompts')}"
-    )
+        title = "Held-out prompts" if found.suite == "digits" else f"Suite {found.suite}"
+        notes = "".join(f"<p class=small>{html.escape(note)}</p>" for note in found.notes)
+        parts.append(
+            f"<h2>{html.escape(title)}</h2><table><tr><th>figure, 95 % interval{head}{rows}"
+            f"</table>{notes}{embed(found.sheet.read_bytes(), 720, found.suite)}"
+        )
+    if any("reader_accuracy" in found.figures for found in result.evaluations):
+        parts.append(
+            "<p class=small>No training scene shows the held-out prompts. Digits are read by a "
+            "classifier fitted on test scans, which nothing else used; reader accuracy is its own "
+            "on real scenes of scans it has not seen: no score can be trusted beyond it.</p>"
+        )
+    return "".join(parts)
+
+
+def _show(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    if figure.low >= 0 and figure.high <= 1:
+        return f"{figure.value:.1%} ({figure.low:.1%} to {figure.high:.1%})"
+    return f"{figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g})"
 
 
 def _rejects(result: Result) -> str:

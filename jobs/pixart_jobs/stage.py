@@ -6,7 +6,7 @@ often it saves and on how many workers is not part of that.
 """
 
 import base64
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ class StageInputs:
     text: Table
     latents: Table
     parent: Path | None
+    """On the driver's disk; workers need its digest only."""
+    parent_digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = load_manifest(self.parent).digest if self.parent else ""
+        object.__setattr__(self, "parent_digest", digest)
 
     def digests(self) -> dict[str, str]:
         found = {
@@ -55,7 +61,7 @@ class StageInputs:
             "text": self.text.digest,
         }
         if self.parent:
-            found["parent"] = load_manifest(self.parent).digest
+            found["parent"] = self.parent_digest
         return found
 
 

@@ -11,7 +11,8 @@ import math
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +46,7 @@ from pixart_platform.batches import RowIndex
 from pixart_platform.checkpoint import Progress, Saver, State, StateStore
 from pixart_platform.engine import WEIGHT, Engine, choose_accelerator
 from pixart_platform.errors import PixartError, StorageError, TrainingError
+from pixart_platform.machine import watched
 from pixart_platform.order import Order
 from pixart_platform.seeds import SampleDraws, derive_seed
 from pixart_platform.storage import FileAbsent, Folder
@@ -53,6 +55,17 @@ from pixart_platform.train_loop import Derailed, LoopSettings, Skip
 
 _TROUBLE, _SKIPS = "trouble.json", "skips.json"  # beside the states
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What all workers begin with, made once and put where they find it."""
+
+    weights: ray.ObjectRef[Any]
+    """By name."""
+    index: ray.ObjectRef[RowIndex]
+    """Made by each worker, it would ask S3 for every partition too often: at 64 workers and 49,000
+    partitions for 19 minutes (``cluster/scale.md``)."""
 
 
 def run(
@@ -70,32 +83,39 @@ def run(
         return
     if complete := stage.states.complete():
         note(f"{stage.name} goes on at {complete[-1]} images, the newest of its states")
-    with watch(stage, tracker, on_progress):
+    given = prepare(stage)  # once: a copied parent may make room in the meantime
+    with watch(stage, tracker, on_progress, given.index):
         while (last := stage.states.find_newest(stage.num_images)) is None:
-            _fit(stage, tracker, scratch / f"train-{time.time_ns()}")
+            _fit(stage, tracker, scratch / f"train-{time.time_ns()}", given)
             if trouble := _read_trouble(stage):
                 note(_rewind(stage, trouble))
     tracker.catch_up(last.progress.history)
     publish_snapshot(stage, average_of(stage, last))
 
 
-def _fit(stage: StagePlan, tracker: Tracker, storage: Path) -> None:
+def prepare(stage: StagePlan) -> Given:
+    """Raises PixartError for tables that cannot be read or do not fit together."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(stage.recipe.seed, stage.name, "init"))
+        network = start_network(stage.snapshot.network, stage.inputs.parent)
+    return Given(ray.put(network.state_dict()), ray.put(build_index(stage)))
+
+
+def _fit(stage: StagePlan, tracker: Tracker, storage: Path, given: Given) -> None:
     """One attempt by Ray Train, which restarts lost workers; all that counts is in the states."""
     settings, batch = stage.recipe.train, stage.settings.batch_images
     stage.states.folder.delete(_TROUBLE)
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(stage.recipe.seed, stage.name, "init"))
-        first = start_network(stage.snapshot.network, stage.inputs.parent).state_dict()
     least = settings.min_workers or settings.num_workers
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={
-            "stage": stage, "place": (tracker.uri, tracker.run_id), "weights": ray.put(first),
+            "stage": stage, "place": (tracker.uri, tracker.run_id), "given": given,
         },
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers if least == settings.num_workers
             else (min(least, batch), settings.num_workers),
             use_gpu=settings.use_gpu,
+            label_selector=settings.nodes or None,
             elastic_resize_monitor_interval_s=settings.resize_every_seconds,
         ),
         run_config=RunConfig(
@@ -164,7 +184,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     if _read_trouble(stage):
         return
     try:
-        _train_stage(stage, config["place"], config["weights"])
+        _train_stage(stage, config["place"], config["given"])
     except Derailed as error:  # on all workers alike
         if ray.train.get_context().get_world_rank() == 0:
             _leave_trouble(stage, str(error), error.images_seen)
@@ -179,7 +199,7 @@ def _leave_trouble(stage: StagePlan, message: str, images_seen: int | None) -> N
     stage.states.folder.write(_TROUBLE, json.dumps(trouble).encode())
 
 
-def _train_stage(stage: StagePlan, place: tuple[str, str], weights: ray.ObjectRef[Any]) -> None:
+def _train_stage(stage: StagePlan, place: tuple[str, str], given: Given) -> None:
     device = choose_accelerator()
     recipe, settings, train = stage.recipe, stage.settings, stage.recipe.train
     context = ray.train.get_context()
@@ -187,7 +207,7 @@ def _train_stage(stage: StagePlan, place: tuple[str, str], weights: ray.ObjectRe
     newest, token = _agree_on_start(stage.states, lead)
     network = build_network(stage.snapshot.network)
     network.checkpoint_blocks = train.recompute_blocks
-    load_flat(network, newest.read(WEIGHT) if newest else ray.get(weights))
+    load_flat(network, newest.read(WEIGHT) if newest else ray.get(given.weights))
     loop = loop_settings(stage, read_skips(stage.states.folder), world_size)
     engine = Engine(
         network, settings.optimizer, zero_stage=train.zero_stage, accumulate=loop.accumulate,
@@ -201,27 +221,29 @@ def _train_stage(stage: StagePlan, place: tuple[str, str], weights: ray.ObjectRe
         how = "resuming at %d images, the newest complete state" if newest else "beginning at %d"
         _log.warning(f"%s: {how}, %d workers", stage.name, progress.images_seen, world_size)
     outbox = Outbox(*place, progress.history) if lead else None
-    index, task = build_index(stage), make_task(stage, device)
+    index, task = ray.get(given.index), make_task(stage, device)
     if train.compile:
         network.compile()
         _warm_up(network, task, index, settings.batch_images // world_size // loop.accumulate)
-    train_loop.train(
-        task=task,
-        engine=engine,
-        optimizer=settings.optimizer,
-        settings=loop,
-        index=index,
-        order=Order.over(
-            index.counts, batch_images=settings.batch_images, seed=derive_seed(recipe.seed, "order")
-        ),
-        progress=progress,
-        saver=Saver(stage.states, engine.rank, world_size, token, progress.images_seen),
-        average_share=lambda seen: 1 - ema_decay(
-            settings.ema_half_life_images, settings.batch_images, seen
-        ),
-        log_metrics=outbox.log_metrics if outbox else lambda *_: None,
-        has_notice=lambda: ray.train.get_preemption_info() is not None,
-    )  # fmt: skip
+    order_seed = derive_seed(recipe.seed, "order")
+    with watched(place) if context.get_local_rank() == 0 else nullcontext():
+        train_loop.train(
+            task=task,
+            engine=engine,
+            optimizer=settings.optimizer,
+            settings=loop,
+            index=index,
+            order=Order.over(
+                index.counts, batch_images=settings.batch_images, seed=order_seed
+            ),
+            progress=progress,
+            saver=Saver(stage.states, engine.rank, world_size, token, progress.images_seen),
+            average_share=lambda seen: 1 - ema_decay(
+                settings.ema_half_life_images, settings.batch_images, seen
+            ),
+            log_metrics=outbox.log_metrics if outbox else lambda *_: None,
+            has_notice=lambda: ray.train.get_preemption_info() is not None,
+        )  # fmt: skip
     if outbox:
         outbox.close()
 

@@ -9,7 +9,7 @@ from pixart_models.diffusion import ObjectiveName, get_objective
 from pixart_platform.batches import Condition
 from pixart_platform.engine import ZeroStage
 from pixart_platform.optimizer import OptimizerSettings
-from pixart_platform.recipe import Count, Section
+from pixart_platform.recipe import Count, NodeLabels, Section
 
 
 def check_condition(text: str) -> str:
@@ -92,6 +92,7 @@ class TrainSettings(Section):
     micro_batch_images: Count | None = Field(None, ge=1)
     """Most images a worker takes at a time; a larger share of a batch is accumulated, exactly."""
     use_gpu: bool = False
+    nodes: NodeLabels = Field(default_factory=dict)
     compile: bool = False
     """Compile the network by torch's inductor, at start for every shape of picture; needs a C++
     compiler on CPUs, and not ZeRO 3."""
@@ -108,6 +109,9 @@ class TrainSettings(Section):
     states: str = ""
     """Where resume states are kept: a folder or s3://bucket/prefix that all nodes reach; left out,
     the run's own folder."""
+    snapshots: str = ""
+    """Where finished snapshots are kept and registered: a folder or s3://bucket/prefix that all who
+    draw can read; left out, the run's own folder. An MLflow server registers only s3://."""
     keep_states: int = Field(2, ge=1)
     """Newest states of a stage that are kept; besides them the best."""
     keep_every_images: Count | None = Field(None, ge=1)

@@ -22,12 +22,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixart_jobs.stage import StagePlan, average_of, build_index, make_task
+from pixart_jobs.stage import StagePlan, average_of, make_task
 from pixart_models.autoencoder import load_autoencoder
 from pixart_models.dit import DiT
 from pixart_models.drawing import Drawer, draw_classes
 from pixart_models.pixart import PixArt
 from pixart_models.text import load_text_encoder
+from pixart_platform.batches import RowIndex
 from pixart_platform.engine import choose_accelerator
 from pixart_platform.errors import PixartError, TrackingError
 from pixart_platform.seeds import SampleDraws, derive_seed
@@ -48,9 +49,12 @@ class Look(NamedTuple):
 
 
 @contextmanager
-def watch(stage: StagePlan, tracker: Tracker, on_progress: Callable[[int], None]) -> Iterator[None]:
+def watch(
+    stage: StagePlan, tracker: Tracker, on_progress: Callable[[int], None],
+    index: ray.ObjectRef[RowIndex],
+) -> Iterator[None]:  # fmt: skip
     """Watch a stage while it is trained, and draw what is left when it ends."""
-    watcher, ended = _Watcher(stage, tracker, on_progress), threading.Event()
+    watcher, ended = _Watcher(stage, tracker, on_progress, index), threading.Event()
 
     def poll() -> None:
         while not ended.wait(_WATCH_SECONDS):
@@ -71,9 +75,11 @@ class _Watcher:
     """Draws states one at a time, oldest first."""
 
     def __init__(
-        self, stage: StagePlan, tracker: Tracker, on_progress: Callable[[int], None]
-    ) -> None:
+        self, stage: StagePlan, tracker: Tracker, on_progress: Callable[[int], None],
+        index: ray.ObjectRef[RowIndex],
+    ) -> None:  # fmt: skip
         self._stage, self._tracker, self._on_progress = stage, tracker, on_progress
+        self._index = index
         self._drawn = {int(path.stem) for path in stage.preview_folder.glob("*.json")}
         self._asked: tuple[int, ray.ObjectRef[Look]] | None = None
         best = stage.states.best()
@@ -109,7 +115,7 @@ class _Watcher:
     def _ask(self) -> None:
         if self._asked is None and (due := self._due()):
             gpus = self._stage.recipe.train.preview_gpus
-            asked = _look.options(num_gpus=gpus).remote(self._stage, due[0])
+            asked = _look.options(num_gpus=gpus).remote(self._stage, due[0], self._index)
             self._asked = due[0], asked
 
     def _collect(self, timeout: float | None) -> None:
@@ -147,11 +153,11 @@ class _Watcher:
 
 
 @ray.remote(num_cpus=0)
-def _look(stage: StagePlan, images_seen: int) -> Look:
+def _look(stage: StagePlan, images_seen: int, index: RowIndex) -> Look:
     """Draw and measure one state."""
     device = choose_accelerator()
     network = average_of(stage, stage.states.open(images_seen)).to(device)
-    return Look(_draw(stage, network, device), _measure(stage, network, device))
+    return Look(_draw(stage, network, device), _measure(stage, network, device, index))
 
 
 def _draw(stage: StagePlan, network: PixArt | DiT, device: torch.device) -> dict[str, Picture]:
@@ -174,13 +180,15 @@ def _draw(stage: StagePlan, network: PixArt | DiT, device: torch.device) -> dict
     return dict(zip(keys, drawn, strict=True))
 
 
-def _measure(stage: StagePlan, network: PixArt | DiT, device: torch.device) -> dict[str, float]:
+def _measure(
+    stage: StagePlan, network: PixArt | DiT, device: torch.device, index: RowIndex
+) -> dict[str, float]:
     """The mean loss of fixed samples at fixed timesteps with fixed noise, whatever is trained on.
 
     They are samples of the training table: the figure compares runs and tells of a stage's
     progress; what a model makes of unseen prompts is evaluation's business.
     """
-    index, task = build_index(stage), make_task(stage, device)
+    task = make_task(stage, device)
     shape, counts = next(iter(index.counts.items()))
     count = min(stage.recipe.train.evaluate_images, sum(counts))
     if not count:

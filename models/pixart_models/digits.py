@@ -2,7 +2,7 @@
 
 This is the demo's stand-in for a vision-language model, and it sees what one would: pixels only.
 Two readers exist and never share a scan: the captioner is fitted on the train scans, the
-evaluator on the test scans. Fitting takes about two seconds.
+evaluator on the test scans, bent a little too since they are few. Fitting takes a few seconds.
 
 Legend: H, W picture height and width in pixels.
 """
@@ -41,6 +41,15 @@ class Reading:
     digits: tuple[int, ...]
     colors: tuple[str, ...]
     relation: Relation | None = None
+
+
+@dataclass(frozen=True)
+class FoundDigit:
+    """A digit in a picture; its box is (left, top, right, bottom) in pixels."""
+
+    digit: int
+    color: str
+    box: tuple[int, int, int, int]
 
 
 class UnreadableImage(ValueError):
@@ -118,6 +127,18 @@ def _name_color(image: NDArray[np.uint8], ink: NDArray[np.float32]) -> str:
     return list(COLORS)[int(similarity.argmax())]
 
 
+def _bend(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A digit as another hand might have written it: turned, sheared and stretched a little."""
+    big = Image.fromarray(np.pad(np.asarray(image), 3))
+    turn, shear = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.2, 0.2)
+    stretch = np.diag(1 + rng.uniform(-0.1, 0.1, 2))
+    matrix = np.array([[np.cos(turn), shear - np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    matrix = matrix @ stretch
+    middle = np.full(2, big.width / 2)
+    rows = np.column_stack([matrix, middle - matrix @ middle]).reshape(-1).tolist()
+    return big.transform(big.size, Image.Transform.AFFINE, rows, Image.Resampling.BICUBIC)
+
+
 def _split_pair(ink: NDArray[np.float32], axis: int) -> int:
     """Where a pair parts along ``axis``: the emptiest line of the middle third."""
     profile = ink.sum(axis=1 - axis)
@@ -127,9 +148,12 @@ def _split_pair(ink: NDArray[np.float32], axis: int) -> int:
 
 
 class DigitReader:
-    """Reads scenes with a support-vector classifier fitted on the scans of one split."""
+    """Reads scenes with a support-vector classifier fitted on the scans of one split.
 
-    def __init__(self, split: Literal["train", "test"], seed: int = 0) -> None:
+    ``bends`` is how many bent copies of each it learns from beside the scan itself.
+    """
+
+    def __init__(self, split: Literal["train", "test"], seed: int = 0, *, bends: int = 0) -> None:
         from sklearn.svm import SVC
 
         self.split = split
@@ -141,14 +165,31 @@ class DigitReader:
                 big = Image.fromarray((scan * 255).astype(np.uint8)).resize(
                     (size, size), Image.Resampling.BICUBIC
                 )
-                noisy = np.asarray(big, np.float32) / 255 + rng.normal(0, 0.03, (size, size))
-                features.append(_features(np.pad(np.clip(noisy, 0, 1), 2).astype(np.float32)))
-                targets.append(label)
+                for shown in (big, *(_bend(big, rng) for _ in range(bends))):
+                    noisy = np.asarray(shown, np.float32) / 255 + rng.normal(0, 0.03, shown.size)
+                    features.append(_features(np.pad(np.clip(noisy, 0, 1), 2).astype(np.float32)))
+                    targets.append(label)
         self._classifier: Any = SVC(C=10, gamma="scale").fit(np.stack(features), np.array(targets))
 
     def read(self, image: NDArray[np.uint8]) -> Reading:
         """Read one picture (H, W, 3). Raises UnreadableImage when it shows no digit."""
         return self.read_many([image])[0]
+
+    def find(self, image: NDArray[np.uint8]) -> list[FoundDigit]:
+        """The digits of a picture (H, W, 3): one or two, in their places; none if it shows none."""
+        try:
+            reading = self.read(image)
+        except UnreadableImage:
+            return []
+        found, left, top = [], 0, 0
+        pieces, relation = _find_digits(image)
+        for digit, color, (_, ink) in zip(reading.digits, reading.colors, pieces, strict=True):
+            rows, columns = _box(ink)
+            box = (left + columns.start, top + rows.start, left + columns.stop, top + rows.stop)
+            found.append(FoundDigit(digit, color, box))
+            left += ink.shape[1] if relation == "left of" else 0
+            top += ink.shape[0] if relation == "above" else 0
+        return found
 
     def read_many(self, images: Sequence[NDArray[np.uint8]]) -> list[Reading]:
         """Read pictures of any sizes; raises UnreadableImage for one that shows no digit."""
@@ -168,6 +209,11 @@ class DigitReader:
             )
             for pieces, relation in zip(parts, relations, strict=True)
         ]
+
+
+def evaluation_reader() -> DigitReader:
+    """The one that judges: fitted on test scans, which nothing else has seen."""
+    return DigitReader("test", bends=3)
 
 
 def _find_digits(

@@ -96,6 +96,20 @@ class Drawer:
         return self.config.network.latent_channels, height // factor, width // factor
 
     @torch.inference_mode()
+    def check(self) -> None:
+        """Draw two steps of a picture. Raises DrawingError if they are not finite."""
+        side, config = self.config.resolution, self.config
+        features, sizes = self.text_encoder.encode([""]), picture_sizes(side, side, 1)
+
+        def predict_at(x: Tensor, timesteps: Tensor) -> Tensor:
+            return predict(self.network, x, timesteps, features, features, [2.0], sizes)
+
+        x = initial_noise(0, self.latent_shape(side, side))[None].to(self.device)
+        x = solve(predict_at, x, config.objective, 2, config.solver, [0])
+        if not bool(torch.isfinite(x).all()):
+            raise DrawingError("the weights draw numbers that are not finite")
+
+    @torch.inference_mode()
     def draw(
         self,
         prompts: Sequence[str],

@@ -166,10 +166,14 @@ class CrossAttention(nn.Module):
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -> Tensor:
     """Attention of query (B, N, heads, d) to its row's part of key and value (T, heads, d).
 
-    Three ways to the same numbers: row by row on the CPU; one variable-length kernel in half
-    precision on a GPU; and elsewhere padded again behind a mask.
+    Three ways to the same numbers: row by row on the CPU outside inference mode; one kernel for
+    variable lengths in half precision on a GPU; and elsewhere padded again behind a mask. To draw
+    on the CPU that is as fast as row by row, and 378 calls for a step of 36 rows, not 1,830: at
+    each the drawing thread lets go of the interpreter and may wait for those that answer HTTP.
     """
-    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+    # Asked in this order: the compiler cannot trace the question about inference mode.
+    draws = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+    if query.device.type == "cpu" and not draws:
         lengths = text.offsets.diff().tolist()
         keys, values = torch.split(key, lengths), torch.split(value, lengths)
         rows = zip(torch.split(query, 1), keys, values, strict=True)

@@ -20,6 +20,8 @@ from pydantic import Field, field_validator
 from pixart_platform.errors import RecipeError
 from pixart_platform.recipe import Section
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Cost:
@@ -168,7 +170,11 @@ def measure(settings: AccountingSettings, num_gpus: float = 0) -> Iterator[Cost]
         yield cost
     finally:
         cost.co2_kg = float(tracker.stop() or 0.0)
-        cost.kwh = float(tracker.final_emissions_data.energy_consumed)
+        if found := getattr(tracker, "final_emissions_data", None):
+            cost.kwh = float(found.energy_consumed)
+        else:  # codecarbon says nothing of its own failures; no work is lost for an estimate
+            _log.warning("the energy of %.0f s of work is not known, and counted as none",
+                         time.monotonic() - started)  # fmt: skip
         cost.seconds = time.monotonic() - started
         cost.usd = cost.seconds / 3600 * settings.usd_per_hour
         if num_gpus:

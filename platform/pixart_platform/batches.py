@@ -30,7 +30,7 @@ _OPERATORS: dict[str, Callable[[Any, float], Any]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
     ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
-_THREADS = 16  # requests under way at a time
+READ_THREADS, SCAN_THREADS = 16, 64  # requests under way at a time: of a rank; of one for all
 _CACHE_BYTES = 4 << 30
 _BLOCK_BYTES = 256 << 10  # counted for a block whose payloads are mapped; keeps maps below 65,530
 
@@ -93,7 +93,8 @@ class RowIndex:
 
     ``tables`` maps a prefix to (table, columns to read). A row is eligible when its status is ok
     in every table and ``where`` holds on the table prefixed ``images``. ``counts`` are of the
-    blocks that have eligible rows.
+    blocks that have eligible rows. To make one is to ask for every partition, so it is made once
+    and pickled to whoever reads.
     """
 
     def __init__(
@@ -111,11 +112,22 @@ class RowIndex:
         self._first_blocks = np.cumsum([0, *blocks])  # of each partition
         self._parts = self._scan(where)
         self._ends = {b: np.cumsum(p.counts, dtype=np.int64) for b, p in self._parts.items()}
+        self._prepare_reading()
+
+    def _prepare_reading(self) -> None:
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read")
+        self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._blocks: OrderedDict[int, Future[Block]] = OrderedDict()  # the latest used last
         self._sizes: dict[int, int] = {}  # of those that are there
         self._held = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_tables", "_cache_bytes", "_num_rows", "_first_blocks", "_parts", "_ends")
+        return {name: vars(self)[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare_reading()
 
     @property
     def counts(self) -> dict[Bucket, NDArray[np.int32]]:
@@ -123,7 +135,7 @@ class RowIndex:
 
     def _scan(self, where: Condition) -> dict[Bucket, _Part]:
         found: defaultdict[Bucket, list[_Part]] = defaultdict(list)
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="scan") as pool:
+        with ThreadPoolExecutor(SCAN_THREADS, thread_name_prefix="scan") as pool:
             scanned = pool.map(partial(self._scan_partition, where), range(len(self._num_rows)))
             for bucket, part in (item for items in scanned for item in items):
                 found[bucket].append(part)

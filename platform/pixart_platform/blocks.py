@@ -13,8 +13,6 @@ Source: the Parquet format's README, Encodings.md and parquet.thrift (data pages
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -26,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pixart_platform.copies import cache_folder, make_room
 from pixart_platform.errors import ManifestError
 from pixart_platform.manifest import FileRecord
 from pixart_platform.storage import Folder, LocalFolder, write_atomic
@@ -75,11 +74,11 @@ def _open_local(home: Folder, record: FileRecord) -> pa.MemoryMappedFile:
 def find_local(home: Folder, record: FileRecord) -> Path:
     """The file on this machine's disk: in its place, or copied to ``PIXART_CACHE`` and verified.
 
-    The copies of a machine take up to half of what the disk has to spare. Raises ManifestError.
+    Raises ManifestError.
     """
     if isinstance(home, LocalFolder):
         return home.path / record.name
-    cache = Path(os.environ.get("PIXART_CACHE", f"{tempfile.gettempdir()}/pixart-{os.getuid()}"))
+    cache = cache_folder()
     path = cache / f"{record.sha256}.parquet"
     try:
         os.utime(path)
@@ -91,26 +90,9 @@ def find_local(home: Folder, record: FileRecord) -> Path:
                 f"{home.uri}/{record.name}: its bytes are not the ones the manifest lists; restore "
                 f"the file"
             ) from None
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _make_room(cache, len(data))
+        make_room(cache, len(data))
         write_atomic(path, data)
     return path
-
-
-def _make_room(cache: Path, num_bytes: int) -> None:
-    """Delete copies, those used longest ago first; whoever has one mapped keeps it."""
-    copies = []
-    for path in cache.iterdir():  # what a killed rank was writing too
-        with suppress(FileNotFoundError):  # another rank makes room too
-            stat = path.stat()
-            copies.append((stat.st_mtime, stat.st_size, path))
-    held = sum(size for _, size, _ in copies)
-    limit = (held + shutil.disk_usage(cache).free) / 2
-    for _, size, path in sorted(copies):
-        if held + num_bytes <= limit:
-            break
-        path.unlink(missing_ok=True)
-        held -= size
 
 
 def _view(values: pa.ChunkedArray, row: int) -> memoryview:

@@ -85,9 +85,6 @@ class StateStore:
             try:
                 manifest = verify_folder(place)
             except ManifestError as error:
-                cause = error.__cause__
-                if isinstance(cause, StorageError) and not isinstance(cause, FileAbsent):
-                    raise cause from error
                 _log.warning("state %s is passed over: %s", place.uri, error)
                 continue
             if manifest.settings.get("digest") == self.settings_digest:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pixart_platform.errors import ManifestError, StorageError
+from pixart_platform.errors import ManifestError
 from pixart_platform.recipe import digest_of
 from pixart_platform.storage import FileAbsent, Folder, LocalFolder, open_folder, sha256_of
 
@@ -102,7 +102,10 @@ class Manifest:
 
 
 def load_manifest(place: Path | Folder) -> Manifest:
-    """Read the manifest of a folder. Raises ManifestError when missing or malformed."""
+    """Read the manifest of a folder. Raises ManifestError when missing or malformed.
+
+    Raises StorageError where the storage does not answer, which says nothing of the manifest.
+    """
     folder = open_folder(place)
     try:
         raw = json.loads(folder.read(MANIFEST_FILE))
@@ -116,7 +119,7 @@ def load_manifest(place: Path | Folder) -> Manifest:
             f"{folder.uri} is unfinished, not ours or not there: it has no {MANIFEST_FILE}; run "
             f"the job that writes it"
         ) from error
-    except (StorageError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ManifestError(
             f"{folder.uri}/{MANIFEST_FILE}: unreadable ({error}); restore it or redo the job"
         ) from error

@@ -27,7 +27,7 @@ from pixart_platform.errors import StorageError
 from pixart_platform.storage import Entry, FileAbsent, FileRefused
 
 _ATTEMPTS = 8
-_CONNECTIONS = 32
+_CONNECTIONS = 64
 _READ_SECONDS = 60
 _PART_BYTES = 32 << 20  # parts of an upload; S3 allows 10,000, so files up to 320 GB
 _BROKEN = (
@@ -73,6 +73,12 @@ class S3Folder:
     @property
     def parent(self) -> "S3Folder":
         return S3Folder(self.bucket, self.prefix.rpartition("/")[0])
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address, as boto3 found it."""
+        found: str = _client().meta.endpoint_url
+        return found
 
     def __truediv__(self, name: str) -> "S3Folder":
         return S3Folder(self.bucket, self._key(name))

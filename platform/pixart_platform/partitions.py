@@ -7,7 +7,7 @@ apart, and while one partition is in the model the next are being read. How many
 follows from the pools alone, never from how many there are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ _PARTITION = "__partition__"
 _QUEUED_PER_ACTOR = 2  # one in the model, one ready
 # Where pool sizes and CPUs agree, Ray runs tasks inside the actors after them: no overlap.
 _READER_CPUS = 0.99
+# Actors hold what they are given to the end: those of two pipelines took all CPUs of a node, and
+# both waited for readers for ever. So few that readers get theirs, and enough to be a demand.
+_ACTOR_CPUS = 0.01
 Transform = Callable[[pa.Table], pa.Table]
 Progress = Iterable[tuple[int, dict[str, int]]]
 
@@ -52,6 +55,8 @@ def run_partitions(
     num_readers: int,
     num_actors: int,
     num_gpus: float = 0,
+    nodes: Mapping[str, str] | None = None,
+    reader_nodes: Mapping[str, str] | None = None,
     engine: Callable[[Dataset], Dataset] | None = None,
     only: Iterable[int] | None = None,
 ) -> Progress:
@@ -60,7 +65,7 @@ def run_partitions(
     ``transform`` is a class: instances are built once per actor and called with a partition's
     rows. Raises the transform's own error when a whole partition fails. An ``engine`` that brings
     its own actors may stand in for it; it may join blocks, but not split or reorder them. ``only``
-    some partitions are run.
+    some partitions are run. Actors keep to ``nodes``, reading and writing to ``reader_nodes``.
     """
     written = [sink.writer.written() for sink in sinks]
     asked = range(sinks[0].writer.num_partitions) if only is None else only
@@ -71,11 +76,12 @@ def run_partitions(
     context = DataContext.get_current()
     context.target_max_block_size = None
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # Ray's own around it loses what it came from
     dataset = ray.data.from_items(
         [{_PARTITION: k} for k in pending], override_num_blocks=len(pending)
     ).map_batches(
         _Read(read), compute=TaskPoolStrategy(size=num_readers), num_cpus=_READER_CPUS,
-        batch_format="pyarrow", batch_size=None,
+        batch_format="pyarrow", batch_size=None, label_selector=_selector(reader_nodes),
     )  # fmt: skip
     if engine:
         dataset = engine(dataset)
@@ -89,11 +95,20 @@ def run_partitions(
             ),
             batch_format="pyarrow",
             batch_size=None,
+            num_cpus=_ACTOR_CPUS,
             num_gpus=num_gpus,
+            label_selector=_selector(nodes),
         )
-    dataset = dataset.map_batches(_Write(sinks), batch_format="pyarrow", batch_size=None)
+    dataset = dataset.map_batches(
+        _Write(sinks), batch_format="pyarrow", batch_size=None,
+        label_selector=_selector(reader_nodes),
+    )  # fmt: skip
     for row in dataset.iter_rows():
         yield row[_PARTITION], dict(zip(row["statuses"], row["counts"], strict=True))
+
+
+def _selector(labels: Mapping[str, str] | None) -> dict[str, str] | None:
+    return dict(labels) if labels else None
 
 
 @dataclass(frozen=True)
@@ -108,9 +123,15 @@ class _Read:
 
 class _Apply:
     def __init__(self, transform: type, kwargs: dict[str, Any]) -> None:
-        self._transform: Transform = transform(**kwargs)
+        self._fault: Exception | None = None
+        try:
+            self._transform: Transform = transform(**kwargs)
+        except Exception as error:  # an actor that dies here takes what it died of with it
+            self._fault = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._fault:
+            raise self._fault
         rows = self._transform(batch.drop_columns([_PARTITION]))
         assert rows.num_rows == batch.num_rows, "a transform must keep every row"
         return rows.append_column(_PARTITION, batch[_PARTITION])

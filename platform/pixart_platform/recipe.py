@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from pixart_platform.errors import RecipeError
 
@@ -42,6 +42,21 @@ def parse_count(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A whole number that may be written with a suffix: ``50k``, ``2M``, ``1.7B``."""
+
+
+def _check_labels(labels: dict[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        if not re.fullmatch(r"[\w./-]{1,253}", key) or not re.fullmatch(
+            r"!?[\w.(), -]{1,63}", value
+        ):
+            raise ValueError(
+                f"{key}: {value!r} is not a label; write {{ray.io/accelerator-type: A100}}"
+            )
+    return labels
+
+
+NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels)]
+"""What Ray's labels of a node must be, as ``{ray.io/accelerator-type: A100}``; empty, any node."""
 
 Model = TypeVar("Model", bound=BaseModel)
 

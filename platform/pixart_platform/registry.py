@@ -1,20 +1,32 @@
 """The model registry: every stage's snapshot is a version; aliases say which one counts.
 
-A version points at a snapshot folder and carries its digest, so whoever loads it can tell that
-the bytes are the ones that were registered. Weights never pass through MLflow.
+A version points at a snapshot, in a folder or on S3, and carries its digest, so whoever loads it
+can tell that the bytes are the ones that were registered. Weights never pass through MLflow.
 """
 
+import random
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from pixart_platform.copies import fetch
 from pixart_platform.errors import ManifestError, RegistryError
 from pixart_platform.manifest import load_manifest, verify_folder
-from pixart_platform.tracking import hide_password, quiet_mlflow
+from pixart_platform.storage import Folder, LocalFolder, open_folder
+from pixart_platform.tracking import hide_password, quiet_mlflow, reachable
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import RegisteredModel
 
 DIGEST_TAG = "digest"
+_JOURNAL = ".moves"
+_ENTRY = "entry"  # a tag
+_ATTEMPTS = 6
+PARENT_TAG = "parent_version"  # the number of the version it was trained from
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -24,34 +36,58 @@ class Version:
 
     name: str
     number: int
-    folder: Path
+    source: str
+    """Where the snapshot lies, as ``open_folder`` takes it."""
     tags: dict[str, str]
+    run_id: str = ""
+    at: float = 0.0
+    """Unix seconds of its registration."""
+
+    @property
+    def folder(self) -> Folder:
+        """Raises StorageError for a source that we cannot read."""
+        return open_folder(self.source)
+
+    @property
+    def digest(self) -> str:
+        """Of the snapshot's manifest, as it was registered."""
+        return self.tags.get(DIGEST_TAG, "")
 
     def verify(self) -> None:
-        """Check every byte against the registered digest. Raises RegistryError."""
+        """Check every byte where it lies against the registered digest.
+
+        Raises RegistryError, and StorageError if the bytes cannot be had now.
+        """
+        with self._named():
+            found = verify_folder(self.folder).digest
+            if found != self.digest:
+                raise ManifestError(
+                    f"{self.source} has digest {found}, registered was {self.digest}; restore the "
+                    f"snapshot"
+                )
+
+    def fetch(self) -> Path:
+        """The snapshot as a folder of this machine, every byte checked: in its place, or a copy.
+
+        Raises RegistryError, and StorageError if the bytes cannot be had now.
+        """
+        folder = self.folder
+        if isinstance(folder, LocalFolder):
+            self.verify()
+            return folder.path
+        with self._named():
+            return fetch(folder, self.digest)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
         try:
-            manifest = verify_folder(self.folder)
+            yield
         except ManifestError as error:
             raise RegistryError(f"{self.name} version {self.number}: {error}") from error
-        if manifest.digest != self.tags.get(DIGEST_TAG):
-            raise RegistryError(
-                f"{self.name} version {self.number}: {self.folder} has digest {manifest.digest}, "
-                f"registered was {self.tags.get(DIGEST_TAG)}; restore the snapshot"
-            )
 
 
-@contextmanager
-def _reachable(uri: str) -> Iterator[None]:
-    """Turn what MLflow and its database raise when they cannot answer into a RegistryError."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        first = str(error).splitlines()[0]
-        told = f"the registry at {uri} does not answer: {first}"  # which may name it again
-        raise RegistryError(told.replace(uri, hide_password(uri))) from error
+def _reachable(uri: str) -> AbstractContextManager[None]:
+    return reachable(uri, "the registry", RegistryError)
 
 
 class Registry:
@@ -65,31 +101,44 @@ class Registry:
         with _reachable(uri):
             self._client = MlflowClient(uri)
 
-    def register(self, folder: Path, run_id: str, tags: Mapping[str, str]) -> Version:
-        """Register a snapshot; the same bytes from the same run are one version, however often."""
-        from mlflow.exceptions import MlflowException
-
+    def register(self, place: Path | Folder, run_id: str, tags: Mapping[str, str]) -> Version:
+        """Register a snapshot; the same bytes in the same place are one version, however often."""
+        folder = open_folder(place)
+        source = folder.path.as_uri() if isinstance(folder, LocalFolder) else folder.uri
+        check_source(self.uri, folder)
         digest = load_manifest(folder).digest
-        with _reachable(self.uri):
-            try:
-                self._client.create_registered_model(self.name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
+        self._create(self.name)
         for version in self.versions():
-            if version.tags.get(DIGEST_TAG) == digest and version.folder == folder:
+            if version.digest == digest and version.source == folder.uri:
                 return version
         with _reachable(self.uri):
             made = self._client.create_model_version(
-                self.name, folder.as_uri(), run_id=run_id, tags={**tags, DIGEST_TAG: digest}
+                self.name, source, run_id=run_id, tags={**tags, DIGEST_TAG: digest}
             )
         return self.get(str(made.version))
 
+    def _create(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        with _reachable(self.uri):
+            try:
+                self._client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+
     def versions(self) -> list[Version]:
         """All versions, oldest first."""
-        with _reachable(self.uri):
-            found = self._client.search_model_versions(f"name = '{self.name}'")
-        return sorted((_version(v) for v in found), key=lambda v: v.number)
+        return self._search(self.name)
+
+    def _search(self, name: str) -> list[Version]:
+        found, token = [], None
+        while token is None or token:
+            with _reachable(self.uri):
+                page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
+            found += [_version(v) for v in page]
+            token = page.token or ""
+        return sorted(found, key=lambda v: v.number)
 
     def get(self, reference: str) -> Version:
         """The version behind a number or alias. Raises RegistryError, naming what there is."""
@@ -110,16 +159,19 @@ class Registry:
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias; empty for a model nobody has registered."""
+        model = self._model()
+        return {alias: int(n) for alias, n in model.aliases.items()} if model else {}
+
+    def _model(self) -> "RegisteredModel | None":
         from mlflow.exceptions import MlflowException
 
         with _reachable(self.uri):
             try:
-                model = self._client.get_registered_model(self.name)
+                return self._client.get_registered_model(self.name)
             except MlflowException as error:
                 if error.error_code not in _UNKNOWN:
                     raise
-                return {}
-        return {alias: int(number) for alias, number in model.aliases.items()}
+                return None
 
     def _known(self) -> str:
         aliases = [f"{a} (version {n})" for a, n in sorted(self.aliases().items())]
@@ -130,16 +182,66 @@ class Registry:
         with _reachable(self.uri):
             self._client.set_registered_model_alias(self.name, alias, str(version.number))
 
+    def append(self, version: Version, entry: str) -> None:
+        """Add an entry about ``version`` to the model's journal, whole and after all others.
+
+        The journal is a model of its own, ``NAME.moves``: the registry numbers its versions.
+        """
+        journal, about = f"{self.name}{_JOURNAL}", f"models:/{self.name}/{version.number}"
+        self._create(journal)
+        for patience in range(_ATTEMPTS):
+            try:
+                with _reachable(self.uri):
+                    self._client.create_model_version(journal, about, tags={_ENTRY: entry})
+                return
+            except RegistryError as error:
+                crowded = "Giving up after" in str(error) or "is locked" in str(error)
+                if not crowded or patience + 1 == _ATTEMPTS:
+                    raise
+                time.sleep(random.uniform(0, 0.1 * 2**patience))
+
+    def journal(self) -> list[str]:
+        """The entries of the model's journal, oldest first."""
+        found = self._search(f"{self.name}{_JOURNAL}")
+        return [v.tags[_ENTRY] for v in found if _ENTRY in v.tags]
+
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
         """Add tags to a version."""
         with _reachable(self.uri):
             for key, value in tags.items():
                 self._client.set_model_version_tag(self.name, str(version.number), key, value)
 
+    def delete(self, version: Version) -> None:
+        """Forget a version; its snapshot stays."""
+        with _reachable(self.uri):
+            self._client.delete_model_version(self.name, str(version.number))
+
+    def find_sharing(self, folder: Folder) -> list[Version]:
+        """The versions, of any model that may be seen, whose snapshot is in ``folder``."""
+        found, token = list[Version](), ""
+        with _reachable(self.uri):
+            while True:
+                page = self._client.search_model_versions("", page_token=token or None)
+                found += [_version(raw) for raw in page]
+                if not (token := page.token):
+                    break
+        return [version for version in found if version.source.rstrip("/") == folder.uri]
+
+
+def check_source(uri: str, folder: Folder) -> None:
+    """Raise RegistryError if the server at ``uri`` cannot know a version in ``folder``."""
+    if uri.startswith(("http://", "https://")) and isinstance(folder, LocalFolder):
+        raise RegistryError(
+            f"{folder.uri}: a server ({hide_password(uri)}) registers no folder of one machine; "
+            f"set train.snapshots = s3://bucket/prefix"
+        )
+
 
 def _version(raw: object) -> Version:
     from mlflow.entities.model_registry import ModelVersion
 
     assert isinstance(raw, ModelVersion)
-    folder = Path(unquote(str(raw.source).removeprefix("file://")))
-    return Version(raw.name, int(raw.version), folder, dict(raw.tags))
+    source, at = str(raw.source), raw.creation_timestamp / 1000
+    if source.startswith("file://"):
+        source = unquote(source.removeprefix("file://"))
+    return Version(raw.name, int(raw.version), source, dict(raw.tags), str(raw.run_id or ""), at)

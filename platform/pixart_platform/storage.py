@@ -20,7 +20,7 @@ from typing import IO, Protocol
 
 from pixart_platform.errors import StorageError
 
-_CHUNK = 1 << 20
+_CHUNK = 8 << 20  # on S3 a request each
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _STAGED = ".staged-"  # begins the names of files that are not there yet; a killed writer leaves one
 CHANGED = "changed since it was listed; run again"

@@ -81,6 +81,17 @@ SCHEMAS: dict[str, pa.Schema] = {
             pa.field("height", pa.int32()),
         ]
     ),
+    "drawings/1": pa.schema(
+        [
+            *_ID,
+            pa.field("prompt", pa.string()),
+            pa.field("seed", pa.int64()),
+            pa.field("png", pa.binary()),
+        ]
+    ),
+    "judgements/1": pa.schema(  # of drawings or references: what was seen as JSON, fp32 features
+        [*_ID, pa.field("seen", pa.string()), pa.field("features", pa.binary())]
+    ),
 }
 
 

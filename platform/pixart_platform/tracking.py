@@ -9,21 +9,29 @@ import logging
 import os
 import queue
 import re
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixart_platform.errors import TrackingError
+import psutil
+
+from pixart_platform.errors import PixartError, TrackingError
 from pixart_platform.tables import Table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_IDENTITY = "pixart.identity"
+IDENTITY_TAG = "pixart.identity"
+SUBMISSION = "PIXART_SUBMISSION"  # in the environment of what `pixart submit` started
+_OWNER = "pixart.owner"
 _MAX_PARAM = 500
+_BATCH = 100  # params that MLflow takes at a time
 Point = tuple[int, dict[str, float]]  # images seen, and what was logged there
 _log = logging.getLogger(__name__)
 
@@ -49,15 +57,32 @@ def connect(uri: str) -> "MlflowClient":
 @contextmanager
 def _reachable(uri: str) -> Iterator[None]:
     """Turn what MLflow and its database raise when they cannot answer into a TrackingError."""
+    with reachable(uri, "MLflow", TrackingError):
+        yield
+
+
+@contextmanager
+def reachable(uri: str, what: str, kind: type[PixartError]) -> Iterator[None]:
+    """What MLflow and its database raise when they cannot answer becomes one line of ``kind``."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        told = f"MLflow at {uri}: {first}"  # which may name the address again
-        raise TrackingError(told.replace(uri, hide_password(uri))) from error
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        told = str(error).strip().splitlines()[0]
+        code = getattr(error, "error_code", "")
+        if code == "UNAUTHENTICATED":
+            told = (
+                "it does not know who asks; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        elif code == "PERMISSION_DENIED":
+            told = "this user may not do that; let an administrator of it grant the permission"
+        elif isinstance(error, ImportError):
+            told += "; install psycopg2-binary, and write postgresql+psycopg2://"
+        told = f"{what} at {uri}: {told}"  # which may name it again
+        raise kind(told.replace(uri, hide_password(uri))) from error
 
 
 def hide_password(uri: str) -> str:
@@ -91,22 +116,38 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
     ) -> "Tracker":
         """The run with this ``identity`` in ``experiment``: found and reopened, or created."""
+        from mlflow.entities import Param
+
         client = connect(uri)
         with _reachable(uri):
             found = client.get_experiment_by_name(experiment)
-            location = (artifacts / "artifacts").as_uri()
+            remote = uri.startswith(("http://", "https://"))  # a server has a place of its own
+            location = None if remote else (artifacts / "artifacts").as_uri()
             where = found.experiment_id if found else client.create_experiment(experiment, location)
-            runs = client.search_runs([where], f"tags.`{_IDENTITY}` = '{identity}'", max_results=1)
+            runs = client.search_runs(
+                [where], f"tags.`{IDENTITY_TAG}` = '{identity}'", max_results=1
+            )
             if runs:
                 client.update_run(runs[0].info.run_id, status="RUNNING")
+                client.set_tag(runs[0].info.run_id, _OWNER, _this_process())
                 return cls(uri, runs[0].info.run_id)
-            tags = {_IDENTITY: identity, "mlflow.runName": name, "mlflow.source.name": "pixart"}
+            tags = {
+                IDENTITY_TAG: identity, _OWNER: _this_process(), "mlflow.runName": name,
+                "mlflow.source.name": "pixart",
+            }  # fmt: skip
             if parent:
                 tags["mlflow.parentRunId"] = parent.run_id
             run = client.create_run(where, tags=tags, run_name=name)
-            for key, value in _flatten(params or {}).items():
-                client.log_param(run.info.run_id, key, str(value)[:_MAX_PARAM])
+            flat = [Param(k, str(v)[:_MAX_PARAM]) for k, v in _flatten(params or {}).items()]
+            for first in range(0, len(flat), _BATCH):
+                client.log_batch(run.info.run_id, params=flat[first : first + _BATCH])
             return cls(uri, run.info.run_id)
+
+    @property
+    def began(self) -> float:
+        """When the run was first started, in Unix seconds."""
+        with _reachable(self.uri):
+            return float(self._client.get_run(self.run_id).info.start_time) / 1000
 
     def log_metrics(self, metrics: Mapping[str, float], images_seen: int) -> None:
         """Log values at ``images_seen``, the step of every curve."""
@@ -144,10 +185,21 @@ class Tracker:
         with _reachable(self.uri):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
+    def log_file(self, path: Path) -> None:
+        """Keep a file with this run, under its name."""
         with _reachable(self.uri):
-            for key, value in tags.items():
-                self._client.set_tag(self.run_id, key, value)
+            self._client.log_artifact(self.run_id, str(path))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Keep a text with this run, as file ``name``."""
+        with _reachable(self.uri):
+            self._client.log_text(self.run_id, text, name)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        with _reachable(self.uri):
+            self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """(images seen, value) of a metric, in order; a repeated step keeps its last value."""
@@ -160,6 +212,94 @@ class Tracker:
         """Close the run: FINISHED, FAILED or KILLED."""
         with _reachable(self.uri):
             self._client.set_terminated(self.run_id, status)
+
+
+def _this_process() -> str:
+    """Names a process for good: no other has its host, number and birth."""
+    return _process(psutil.Process())
+
+
+def _process(process: psutil.Process) -> str:
+    return f"{socket.gethostname()} {process.pid} {process.create_time():.2f}"
+
+
+def bury(uri: str, experiment: str) -> list[str]:
+    """Mark runs KILLED whose process is gone from this machine; returns their ids."""
+    with _reachable(uri):
+        client = connect(uri)
+        found = client.get_experiment_by_name(experiment)
+        where = [found.experiment_id] if found else []
+        host = socket.gethostname()
+        running = client.search_runs(
+            where, f"attributes.status = 'RUNNING' and tags.`{_OWNER}` LIKE '{host} %'"
+        ) if where else []  # fmt: skip
+        alive = {_process(p) for p in psutil.process_iter() if p.is_running()} if running else set()
+        dead = [run.info.run_id for run in running if run.data.tags[_OWNER] not in alive]
+        for run_id in dead:
+            client.set_terminated(run_id, "KILLED")
+    return dead
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as it was logged; ``metrics`` has the last value of each."""
+
+    run_id: str
+    name: str
+    parent: str
+    """Id of the run it belongs to, or nothing."""
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def read_run(uri: str, run_id: str) -> Record:
+    """Raises TrackingError for one that is not there."""
+    with _reachable(uri):
+        run = connect(uri).get_run(run_id)
+    tags = dict(run.data.tags)
+    parent, name = tags.get("mlflow.parentRunId", ""), str(run.info.run_name)
+    return Record(run_id, name, parent, dict(run.data.params), dict(run.data.metrics), tags)
+
+
+def read_file(uri: str, run_id: str, name: str) -> bytes | None:
+    """A file that was logged to a run, or None."""
+    with _reachable(uri), tempfile.TemporaryDirectory() as folder:
+        client = connect(uri)
+        where = name.rpartition("/")[0]
+        if name not in {entry.path for entry in client.list_artifacts(run_id, where or None)}:
+            return None
+        return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+
+
+def read_images(uri: str, run_id: str) -> dict[str, bytes]:
+    """The pictures that ``log_image`` logged, as PNG by key, each as of its last step."""
+    with _reachable(uri):
+        names = [entry.path for entry in connect(uri).list_artifacts(run_id, "images")]
+    last: dict[str, tuple[int, int, str]] = {}
+    for name in names:
+        if told := re.fullmatch(r"images/(.+?)\+step\+(\d+)\+timestamp\+(\d+)\+[\w-]+\.png", name):
+            found = (int(told[2]), int(told[3]), name)
+            last[told[1]] = max(found, last.get(told[1], found))
+    found_bytes = (
+        (key, read_file(uri, run_id, name)) for key, (_, _, name) in sorted(last.items())
+    )
+    return {key: data for key, data in found_bytes if data is not None}
+
+
+def running(uri: str, experiment: str) -> list[dict[str, str]]:
+    """The tags of every run of ``experiment`` that has not ended, as far as MLflow knows."""
+    client, found, token = connect(uri), list[dict[str, str]](), ""
+    with _reachable(uri):
+        where = client.get_experiment_by_name(experiment)
+        while where:
+            page = client.search_runs(
+                [where.experiment_id], "attributes.status = 'RUNNING'", page_token=token or None
+            )
+            found += [dict(run.data.tags) for run in page]
+            if not (token := page.token):
+                break
+    return found
 
 
 class Outbox:

@@ -6,6 +6,7 @@ alias nobody set. What goes wrong in a replica comes back as one line too.
 
 import errno
 import logging
+import os
 import socket
 import time
 import urllib.error
@@ -13,7 +14,9 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
 from ray import serve
+from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from pixart_platform.errors import PixartError
@@ -24,11 +27,38 @@ from pixart_serve.replica import build_application
 from pixart_serve.settings import ServeSettings
 
 APPLICATION = "pixart"
+BUILDER = "pixart_serve.app:deploy"
 _ANSWER_SECONDS = 30.0
 
 
 class ServiceError(PixartError):
     """A drawing service that could not be started."""
+
+
+class Deployed(BaseModel):
+    """What a Serve config says of the service; see the recipe for what its settings mean."""
+
+    model_config = ConfigDict(extra="forbid")
+    settings: ServeSettings
+    model_name: str
+    default_steps: int
+    default_guidance: float
+    registry_uri: str = ""
+    """Where MLflow is; without it ``MLFLOW_TRACKING_URI`` says: no password is in a file."""
+
+
+def deploy(arguments: Deployed) -> Application:
+    """The application as a Serve config names it: ``import_path: pixart_serve.app:deploy``.
+
+    Raises ServiceError if nobody says where the registry is.
+    """
+    registry_uri = arguments.registry_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not registry_uri:
+        raise ServiceError("where is the registry? Set MLFLOW_TRACKING_URI, or args.registry_uri")
+    return build_application(
+        arguments.settings, registry_uri, arguments.model_name, arguments.default_steps,
+        arguments.default_guidance,
+    )  # fmt: skip
 
 
 def start(
@@ -56,9 +86,12 @@ def start(
         place.write("probe", b"")
         place.delete("probe")
         settings = settings.model_copy(update={"jobs": place.uri})  # replicas start elsewhere
-    application = build_application(
-        settings, registry_uri, model_name, default_steps, default_guidance
-    )
+    application = deploy(
+        Deployed(
+            settings=settings, model_name=model_name, default_steps=default_steps,
+            default_guidance=default_guidance, registry_uri=registry_uri,
+        )
+    )  # fmt: skip
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
@@ -80,11 +113,13 @@ def start(
 
 
 def stop() -> None:
-    """Finish what was accepted (for a minute at most), then stop; Ray stays up."""
+    """Finish what was accepted (for a minute at most), then stop; Ray stays up, and what others
+    serve there."""
     if APPLICATION in serve.status().applications:
         with suppress(TimeoutError):  # a shutdown alone would cut pictures short
             serve.delete(APPLICATION)
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    if not set(serve.status().applications) - {APPLICATION}:
+        serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def check_port(settings: ServeSettings) -> None:

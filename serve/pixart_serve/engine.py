@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from pixart_serve.forecast import Load, Pace, predict_seconds
+from pixart_serve.forecast import Load, Pace, Promise, predict_seconds
 from pixart_serve.observer import NOBODY, Observer
 from pixart_serve.prompts import PromptFeatures
 from pixart_serve.rows import (
@@ -82,7 +82,7 @@ class DrawingEngine:
         self._live: LoadedVersion | None = None
         self._closed = False
         self._busy_since: dict[str, float] = {}  # by thread, while it works
-        self._pace, self._decoding_pace = Pace(), Pace()
+        self._pace, self._decoding_pace, self._promise = Pace(), Pace(), Promise()
         self._prompts = PromptFeatures(observer=observer)
         self._decodings: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [
@@ -134,13 +134,17 @@ class DrawingEngine:
             )
             if num_over > 0:
                 raise QueueFull(len(self._waiting), self._seconds_until_left(num_over))
+            predicted, deadline = 0.0, time.monotonic() + max_seconds
             if max_seconds < math.inf:
-                self._check_time(requests, version or self._live, max_seconds)
-            tickets = [Ticket(r, Future(), version, on_preview) for r in requests]
+                predicted = self._check_time(requests, version or self._live, max_seconds)
+            tickets = [
+                Ticket(r, Future(), version, on_preview, predicted=predicted, deadline=deadline)
+                for r in requests
+            ]
             futures = self._enqueue(tickets)
             self._unfinished.update(futures)
         for ticket in tickets:
-            ticket.future.add_done_callback(partial(self._note_end, ticket.asked_at))
+            ticket.future.add_done_callback(partial(self._note_end, ticket))
         return futures
 
     def try_out(self, version: LoadedVersion, request: DrawRequest) -> "Future[Drawing]":
@@ -206,14 +210,18 @@ class DrawingEngine:
             self._changed.notify()
         return [ticket.future for ticket in tickets]
 
-    def _note_end(self, asked_at: float, future: "Future[Drawing]") -> None:
+    def _note_end(self, ticket: Ticket, future: "Future[Drawing]") -> None:
         self._unfinished.discard(future)
+        seconds = time.monotonic() - ticket.asked_at
+        error = None if future.cancelled() else future.exception()
+        if ticket.predicted and not error:
+            self._promise.observe(ticket.predicted, seconds, is_over=not future.cancelled())
         if future.cancelled():
             self._observer.cancelled()
-        elif future.exception():
+        elif error:
             self._observer.failed()
         else:
-            self._observer.drawn(future.result().version, time.monotonic() - asked_at)
+            self._observer.drawn(future.result().version, seconds)
 
     def _loads(self) -> dict[_Group, Load]:
         """The work that is here, by group."""
@@ -232,23 +240,30 @@ class DrawingEngine:
 
     def _check_time(
         self, requests: Sequence[DrawRequest], version: LoadedVersion, max_seconds: float
-    ) -> None:
-        """Raise TooLate unless the requests would all be ready in time."""
+    ) -> float:
+        """Predicted seconds of the requests. Raises TooLate unless all would be ready in time."""
         pixels = requests[0].width * requests[0].height
         own = Load(pixels)
         for request in requests:
             assert request.width * request.height == pixels, "one size at a time"
             own.add(request.num_rows, request.steps)
         group = version, requests[0].width, requests[0].height
-        decoding = self._decoding_pace.seconds(pixels * min(len(requests), _MAX_DECODED))
         now, alone = (
-            predict_seconds(self._pace, self._max_rows, ahead, group, own) + decoding
-            for ahead in (self._loads(), {})
+            predict_seconds(self._pace, self._max_rows, ahead, group, own)
+            + self._decoding_pace.seconds(pixels * min(num_before + len(requests), _MAX_DECODED))
+            for ahead, num_before in ((self._loads(), self._num_decoding), ({}, 0))
         )
         if alone > max_seconds:
-            raise TooLate(alone, max_seconds, None)
-        if now > max_seconds:
-            raise TooLate(now, max_seconds, math.ceil(now - max_seconds))
+            at_best = own.turns(self._max_rows) * self._pace.seconds(
+                min(own.num_rows, self._max_rows) * pixels, at_best=True
+            )
+            later = None if at_best > max_seconds else max(math.ceil(now - alone), 1)
+            raise TooLate(alone, max_seconds, later)
+        promised = self._promise.multiple * now
+        if promised > max_seconds and now > alone:  # with nothing ahead it is tried
+            late = min(promised - max_seconds, now - alone)
+            raise TooLate(promised, max_seconds, math.ceil(late))
+        return now
 
     def _seconds_until_left(self, num_pictures: int) -> int:
         """Whole seconds until that many of the pictures in flight have left; at least 1."""
@@ -261,25 +276,34 @@ class DrawingEngine:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        ended = -math.inf
         while True:
             with self._changed:
+                is_idle = not self._waiting and not self._active
                 self._changed.wait_for(lambda: self._closed or self._waiting or self._active)
                 if self._closed:
                     break
-                tickets = self._take_tickets()
+                tickets, late = self._take_tickets()
+            self._refuse(late)
             self._busy_since["drawing"] = time.monotonic()
+            began = self._busy_since["drawing"] if is_idle else ended
             self._admit(tickets)
-            del tickets  # an idle thread must not keep a retired version in memory
-            self._take_turn()
+            del tickets, late  # an idle thread must not keep a retired version in memory
+            self._take_turn(began)
             with self._changed:
                 self._in_flight = self._work_of(self._rows())
             del self._busy_since["drawing"]
+            ended = time.monotonic()
         for ticket in [*self._waiting, *self._rows()]:
             fail(ticket, NotReady("the drawing engine was closed"))
         self._decodings.put(None)
 
-    def _take_tickets(self) -> list[Ticket]:
-        """Drop what was cancelled, then take in order what fits; a full group lets others by."""
+    def _take_tickets(self) -> tuple[list[Ticket], list[tuple[Ticket, float]]]:
+        """Drop what was cancelled, then take in order what fits; a full group lets others by.
+
+        And what can no longer be ready in time, with the seconds it needs: work that has taken
+        longer than was thought is not made longer by pictures that nobody will wait for.
+        """
         for group, rows in list(self._active.items()):
             rows[:] = [row for row in rows if not was_cancelled(row)]
             if not rows:
@@ -287,11 +311,18 @@ class DrawingEngine:
         used = {g: sum(r.request.num_rows for r in rows) for g, rows in self._active.items()}
         taken: list[Ticket] = []
         left: list[Ticket] = []
+        late: list[tuple[Ticket, float]] = []
+        now = time.monotonic()
         for ticket in self._waiting:
             if was_cancelled(ticket):
                 continue
             group = self._group(ticket)
             total = used.get(group, 0) + ticket.request.num_rows
+            num_pixels = min(total, self._max_rows) * group[1] * group[2]
+            needed = ticket.num_steps_left * self._pace.seconds(num_pixels)
+            if needed and now + needed > ticket.deadline:
+                late.append((ticket, needed))
+                continue
             if total <= self._max_rows:
                 taken.append(replace(ticket, version=group[0]))
             else:
@@ -300,7 +331,12 @@ class DrawingEngine:
             used[group] = total
         self._waiting = left
         self._in_flight = self._work_of([*self._rows(), *taken])
-        return taken
+        return taken, late
+
+    def _refuse(self, late: list[tuple[Ticket, float]]) -> None:
+        for ticket, needed in late:
+            left = max(ticket.deadline - time.monotonic(), 0.0)
+            fail(ticket, TooLate(needed, left, max(math.ceil(self.backlog_seconds()), 1)))
 
     def _rows(self) -> list[Row]:
         return [row for rows in self._active.values() for row in rows]
@@ -313,19 +349,22 @@ class DrawingEngine:
             self._active.setdefault(group, []).append(row)
             self._observer.waited(self._busy_since["drawing"] - row.asked_at)
 
-    def _take_turn(self) -> None:
-        """One step of the group that waited longest; it goes to the back of the line."""
+    def _take_turn(self, began: float) -> None:
+        """One step of the group that waited longest; it goes to the back of the line.
+
+        The pace is that of whole turns, so that waiting for a lock or a core counts.
+        """
         if not self._active:
             return
-        group, began = next(iter(self._active)), time.monotonic()
+        group, admitted = next(iter(self._active)), time.monotonic()
         rows = isolate(self._active.pop(group), step_rows)
         if going := [row for row in rows if row.num_steps_left]:
             self._active[group] = going
         num_rows = sum(row.request.num_rows for row in rows)
         if num_rows:
             now = time.monotonic()
-            self._pace.observe(num_rows * group[1] * group[2], now - self._busy_since["drawing"])
-            self._observer.stepped(group[1], group[2], num_rows, now - began)
+            self._pace.observe(num_rows * group[1] * group[2], now - began)
+            self._observer.stepped(group[1], group[2], num_rows, now - admitted)
         shown = [row for row in rows if row.on_preview and row.step in row.request.preview_steps]
         done = [row for row in rows if not row.num_steps_left]
         with self._changed:

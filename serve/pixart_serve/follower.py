@@ -13,7 +13,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pixart_platform.errors import RegistryError
+from pixart_platform.errors import RegistryError, StorageError
 from pixart_platform.registry import Registry, Version
 from pixart_serve.engine import DrawingEngine, LoadedVersion
 from pixart_serve.versions import LoadedVersions, VersionRefused, VersionUnavailable
@@ -70,7 +70,7 @@ class Follower:
         return self._aliases
 
     def load_first(self) -> None:
-        """Go live with what the alias names. Raises RegistryError or VersionRefused."""
+        """Go live with what the alias names. Raises RegistryError, VersionRefused, StorageError."""
         self._engine.activate(self.versions.load(self._registry.get(self._alias), ()))
 
     def start(self) -> None:
@@ -142,7 +142,7 @@ class Follower:
         try:
             with self._changing:
                 loaded = self.versions.load(version, self._in_service(self._previous))
-        except OSError as error:
+        except (OSError, StorageError) as error:
             _LOG.warning("cannot read %s version %d: %s", version.name, version.number, error)
             raise VersionUnavailable(f"version {version.number} cannot be read now") from error
         except VersionRefused as refusal:

@@ -15,6 +15,9 @@ from typing import TypeVar
 import numpy as np
 
 _NEWEST = 0.2  # weight of the newest batch in its average
+_MARGIN, _MOST = 2.0, 5.0  # times a prediction: promised at least, and at most
+_DEVIATIONS = 4.0  # of the ratio of actual to predicted seconds, above its mean
+_SHORT_SECONDS = 0.5  # a prediction that teaches nothing: what comes between is as long
 _CELLS_PER_DOUBLING = 4
 _Group = TypeVar("_Group", bound=Hashable)
 
@@ -24,6 +27,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._cells: dict[int, tuple[float, float]] = {}  # row-pixels and seconds, averaged
+        self._fastest: dict[int, tuple[float, float]] = {}
         self._warm = False
 
     def observe(self, row_pixels: int, seconds: float) -> None:
@@ -36,14 +40,43 @@ class Pace:
         self._cells[cell] = (
             pixels + _NEWEST * (row_pixels - pixels), average + _NEWEST * (seconds - average)
         )  # fmt: skip
+        known = self._fastest.get(cell)
+        if known is None or seconds / row_pixels < known[1] / known[0]:
+            self._fastest[cell] = float(row_pixels), seconds
 
-    def seconds(self, row_pixels: float) -> float:
-        """Interpolated; in proportion beyond the largest batch seen."""
+    def seconds(self, row_pixels: float, *, at_best: bool = False) -> float:
+        """Interpolated; in proportion beyond the largest batch seen. ``at_best``: the fastest."""
         if not self._cells:
             return 0.0
-        cells = sorted(self._cells.values())
+        cells = sorted((self._fastest if at_best else self._cells).values())
         inside = float(np.interp(row_pixels, *np.transpose(cells)))
         return inside * max(row_pixels / cells[-1][0], 1.0)
+
+
+class Promise:
+    """What is promised of a prediction: a multiple of it that was enough for nearly all so far.
+
+    The pace is that of a moment ago; callers that come in crowds slow it down themselves. So what
+    came of earlier promises counts: the multiple is the mean of actual over predicted seconds and
+    some mean deviations, with the gains of TCP's timer (Jacobson 1988, appendix A), and never less
+    than a margin, for the first of a crowd.
+    """
+
+    def __init__(self) -> None:
+        self._mean, self._deviation = 1.0, 0.0
+
+    @property
+    def multiple(self) -> float:
+        return min(max(self._mean + _DEVIATIONS * self._deviation, _MARGIN), _MOST)
+
+    def observe(self, predicted: float, seconds: float, *, is_over: bool = True) -> None:
+        """Work predicted at ``predicted`` seconds took ``seconds``, or was given up after them."""
+        if predicted < _SHORT_SECONDS:
+            return
+        ratio = seconds / predicted
+        if is_over or ratio > self.multiple:  # who leaves early says nothing
+            self._deviation += (abs(ratio - self._mean) - self._deviation) / 4
+            self._mean += (ratio - self._mean) / 8
 
 
 @dataclass

@@ -98,7 +98,7 @@ class JobRunner:
             trouble = ""
             try:
                 await work()
-            except Exception as error:
+            except Exception as error:  # whatever it was: jobs are looked after to the end
                 trouble = f"{type(error).__name__}: {error}"
                 if trouble != before:
                     _LOG.exception("cannot look after the jobs; trying again")
@@ -139,7 +139,7 @@ class JobRunner:
             except StorageError as error:
                 _LOG.warning("%s, part %d is left for later: %s", job.id, lease.part, error)
                 await asyncio.sleep(_LOOK_SECONDS)
-            except Exception as error:
+            except Exception as error:  # what nobody foresaw fails the job, not the replica
                 answer = translate(error)
                 if answer.retry_after_seconds is None:
                     ending = Ending(status="failed", at=time.time(), error=_fault_of(answer))
@@ -167,7 +167,7 @@ class JobRunner:
                     queued = await self._submit(job, request)
                     keeping = group.create_task(self._keep(order, job, k, queued))
                     keeping.add_done_callback(partial(_cancel, queued))
-        except ExceptionGroup as errors:
+        except ExceptionGroup as errors:  # one reason is enough to say why a part was let go
             raise errors.exceptions[0] from None
         await self._on_thread(self._store.finish, lease)
 
@@ -193,7 +193,7 @@ class JobRunner:
                     break
                 except QueueFull as full:
                     await asyncio.sleep(full.retry_after_seconds)
-        except BaseException:
+        except BaseException:  # being cancelled too; else the picture's end frees its rows
             self._free(request)
             raise
         queued.add_done_callback(lambda _: self._free(request))

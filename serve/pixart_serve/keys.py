@@ -139,10 +139,8 @@ class _KeyCheck:
         if name is None:
             await _refuse(scope, receive, send)
             return
-        account = self._accounts.of(name)
-        account.num_requests += 1
         note(key=name)
-        token = caller.set(account)
+        token = caller.set(self._accounts.of(name))
         try:
             await self._app(scope, receive, send)
         finally:

@@ -11,6 +11,7 @@ Legend: B rows, C latent channels, h, w latent size, H, W pixels, L text tokens,
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -145,6 +146,10 @@ class Ticket:
     version: LoadedVersion | None
     on_preview: Callable[[Preview], None] | None
     asked_at: float = field(default_factory=time.monotonic, kw_only=True)
+    predicted: float = field(default=0.0, kw_only=True)
+    """Seconds from then to its picture, as was thought then; 0 if nobody asked."""
+    deadline: float = field(default=math.inf, kw_only=True)
+    """When nobody wants it any more, by the monotonic clock."""
 
     @property
     def num_steps_left(self) -> int:

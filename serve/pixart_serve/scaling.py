@@ -64,14 +64,20 @@ def _newest(reported: Mapping[str, Mapping[Any, Any]] | None, name: str) -> dict
     return {replica: points[-1].value for replica, points in series.items() if points}
 
 
+def shutdown_seconds(settings: ServeSettings) -> float:
+    """How long a replica may take to draw what it accepted, once it is to leave."""
+    if settings.max_replicas <= settings.num_replicas:
+        return _SHUTDOWN_SECONDS
+    # Nobody waits for one that leaves while others stay: all that it accepted may be drawn.
+    return max(_SHUTDOWN_SECONDS, settings.max_wait_seconds)
+
+
 def replica_options(settings: ServeSettings) -> dict[str, Any]:
     """What Serve is to know about how many there are, and how long one may take to leave."""
+    leaving = {"graceful_shutdown_timeout_s": shutdown_seconds(settings)}
     if settings.max_replicas <= settings.num_replicas:
-        return {
-            "num_replicas": settings.num_replicas,
-            "graceful_shutdown_timeout_s": _SHUTDOWN_SECONDS,
-        }
-    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        return {"num_replicas": settings.num_replicas, **leaving}
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]  # Ray has types in parts
         policy_function=WorkPolicy,
         policy_kwargs={"target_wait_seconds": settings.target_wait_seconds},
     )
@@ -84,6 +90,5 @@ def replica_options(settings: ServeSettings) -> dict[str, Any]:
             look_back_period_s=_LOOK_BACK_SECONDS,
             policy=policy,
         ),
-        # Nobody waits for one that leaves while others stay: all that it accepted may be drawn.
-        "graceful_shutdown_timeout_s": max(_SHUTDOWN_SECONDS, settings.max_wait_seconds),
+        **leaving,
     }

@@ -25,18 +25,13 @@ from pixart_serve.observer import NOBODY, Observer
 class Account:
     """One key's books; ``units_per_minute`` 0 means no limit, ``available`` is left in the bucket.
 
-    Numbers count from the start of the process; ``num_units`` and ``num_pictures`` of what was
-    accepted, ``num_refused`` requests beyond the limit.
+    What it spends and is refused is counted by the observer.
     """
 
     name: str
     units_per_minute: int
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     observer: Observer = field(default=NOBODY, repr=False)
-    num_requests: int = 0
-    num_refused: int = 0
-    num_pictures: int = 0
-    num_units: int = 0
 
     def __post_init__(self) -> None:
         self.available, self._filled_at = float(self.units_per_minute), self.clock()
@@ -48,7 +43,6 @@ class Account:
             return
         self._refill()
         if cost > self.available:
-            self.num_refused += 1
             self.observer.refused_key(self.name)
         if cost > limit:
             raise ApiError(
@@ -99,9 +93,6 @@ class Accounts:
             self._by_name[name] = Account(name, self._units_per_minute, self._clock, self._observer)
         return self._by_name[name]
 
-    def __iter__(self) -> Iterator[Account]:
-        return iter(list(self._by_name.values()))
-
 
 def cost_of(requests: Sequence[DrawRequest], grid: int) -> int:
     """Units of pictures whose image tokens are ``grid`` pixels wide and high."""
@@ -125,6 +116,4 @@ def charged(requests: Sequence[DrawRequest], grid: int) -> Iterator[None]:
     except Exception:
         account.available += cost
         raise
-    account.num_pictures += len(requests)
-    account.num_units += cost
     account.observer.charged(account.name, len(requests), cost)

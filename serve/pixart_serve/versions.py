@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import Future
 
 from pixart_models.drawing import load_drawer
-from pixart_platform.errors import PixartError
+from pixart_platform.errors import PixartError, StorageError
 from pixart_platform.registry import Version
 from pixart_serve.engine import Drawing, DrawingEngine, DrawRequest, LoadedVersion
 
@@ -68,8 +68,8 @@ class LoadedVersions:
     def load(self, version: Version, keep: Collection[int]) -> LoadedVersion:
         """The version from memory or else from storage, dropping others but those to ``keep``.
 
-        Raises VersionRefused, VersionUnavailable when nothing may be dropped, and OSError, which
-        is the storage's doing and no fault of the version.
+        Raises VersionRefused, VersionUnavailable when nothing may be dropped, and OSError or
+        StorageError, which is the storage's doing and no fault of the version.
         """
         found = self.get(version.number)
         if found is None:
@@ -92,16 +92,16 @@ class LoadedVersions:
 
     def _prove(self, version: Version) -> LoadedVersion:
         """Check, load beside the live weights and try out. A version comes from outside, so
-        whatever it provokes is held against it, except OSError."""
+        whatever it provokes is held against it, except what the storage does."""
         live = self._engine.live
         try:
-            version.verify()
-            drawer = load_drawer(version.folder, self._device, like=live.drawer if live else None)
+            folder = version.fetch()
+            drawer = load_drawer(folder, self._device, like=live.drawer if live else None)
             loaded = LoadedVersion(version.number, drawer)
             side = drawer.config.resolution
             smoke = DrawRequest("", 0, _SMOKE_STEPS, _SMOKE_GUIDANCE, side, side)
             self._engine.try_out(loaded, smoke).result(timeout=_SMOKE_SECONDS)
-        except OSError:
+        except (OSError, StorageError):
             raise
         except PixartError as error:
             raise VersionRefused(str(error)) from error

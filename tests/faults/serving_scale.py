@@ -56,7 +56,7 @@ def count_running() -> int:
 
 def scrape() -> dict[str, dict[str, float]]:
     """What Prometheus gets of ours: the sum of a family's counts by replica, by its name."""
-    [node] = ray.nodes()  # type: ignore[no-untyped-call]
+    [node] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has types in parts
     port = node["MetricsExportPort"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
         families = list(text_string_to_metric_families(reply.read().decode()))

@@ -1,0 +1,143 @@
+"""The runbook tells the truth: its headings, its commands, and that a backup brings all back."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from builders import write_table
+from processes import REPOSITORY
+from serving_load import Models, register_models
+from test_serve_snapshots import build_drawer, write_snapshot
+
+from pixart_cluster.cli import cli
+from pixart_platform.registry import Registry
+from pixart_platform.tables import verify_table
+from pixart_platform.tracking import sqlite_uri
+
+RUNBOOK = (REPOSITORY / "cluster" / "README.md").read_text()
+HEADINGS = [
+    "Bring up", "Upgrade", "Back up and restore", "A lost head node", "A hung collective",
+    "A full disk", "A poisoned checkpoint", "A node that keeps dying", "A service that refuses",
+    "A queue that grows", "A registry that is away",
+]  # fmt: skip
+HERE = "export RUN=runs/demo BACKUP=backup/demo\n"
+
+
+def blocks(heading: str) -> list[str]:
+    """The commands below a heading."""
+    part = RUNBOOK.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return [re.sub(r"^ +", "", b, flags=re.M) for b in re.findall(r"```sh\n(.*?)```", part, re.S)]
+
+
+def shell(script: str, folder: Path) -> str:
+    """Run lines of the runbook as they are, in ``folder``, with ``pixart`` on the path."""
+    here = str(Path(sys.executable).parent)
+    ours = {"PATH": f"{here}:{os.environ['PATH']}", "RCLONE_CONFIG": ""}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=os.environ | ours,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_headings_are_the_ones_alerts_point_to() -> None:
+    assert re.findall(r"^## (.*)$", RUNBOOK, re.M) == HEADINGS
+    for heading in HEADINGS[3:]:
+        part = RUNBOOK.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        for word in ("**Symptom.**", "**Cause.**", "**Command.**"):
+            assert part.count(word) == 1, (heading, word)
+
+
+def test_every_pixart_command_and_option_in_it_exists() -> None:
+    root: Any = typer.main.get_command(cli)
+    text = re.sub(r"\\\n", " ", RUNBOOK)
+    seen = 0
+    for line in re.findall(r"(?:^ *|`)pixart ([a-z][^`\n#]*)", text, re.M):
+        words, command = line.split(), root
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        options = {name for p in command.params for name in p.opts}
+        for word in words:
+            assert not word.startswith("--") or word in options, f"{word} in: pixart {line}"
+        seen += 1
+    assert seen > 15
+
+
+def test_a_policy_is_made_of_its_template(tmp_path: Path) -> None:
+    (tmp_path / "cluster").symlink_to(REPOSITORY / "cluster")
+    (line,) = [b for b in blocks("Bring up") if "policies" in b]
+    made = shell(line, tmp_path)
+    assert "arn:aws:s3:::models/tables/*" in made
+    assert "BUCKET" not in made
+
+
+@contextmanager
+def somebody_at_work(models: Models, root: Path) -> Iterator[list[int]]:
+    """Tables are committed and versions registered all the time; how many so far."""
+    made, stop = [0], threading.Event()
+    drawer = build_drawer(9)
+
+    def work() -> None:
+        while not stop.is_set():
+            number = 100 + made[0]
+            rows = [[{"id": f"{k:016x}".ljust(64, "0"), "captions": ["x"]}] for k in range(20)]
+            write_table(root / "tables" / f"captions-{number}", "captions/2", rows)
+            folder = write_snapshot(root / "snapshots" / str(number), drawer)
+            models.registry.register(folder, "", {})
+            made[0] += 1
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        yield made
+    finally:
+        stop.set()
+        worker.join()
+
+
+@pytest.mark.slow
+def test_what_was_backed_up_while_somebody_worked_is_sound_when_restored(tmp_path: Path) -> None:
+    for tool in ("rclone", "sqlite3"):
+        if not shutil.which(tool):
+            pytest.skip(f"no {tool} here: apt-get install {tool} (make setup does, as root)")
+    root = tmp_path / "runs" / "demo"
+    models = register_models(root, 2)
+    first = write_table(root / "tables" / "captions-1", "captions/2", [[{"captions": ["a"]}]])
+    unfinished = root / "tables" / "captions-2"
+    write_table(unfinished, "captions/2", [[{"captions": ["a"]}]])
+    (unfinished / "manifest.json").unlink()
+    back_up, restore, *_ = blocks("Back up and restore")
+    with somebody_at_work(models, root) as made:
+        while not made[0]:
+            time.sleep(0.01)
+        before = made[0]
+        while made[0] < before + 2:  # again, until something was written while one was taken
+            shell(back_up, tmp_path)
+    shutil.rmtree(tmp_path / "runs")
+
+    told = shell(restore, tmp_path)
+    assert "digits version 1" in told, "the lineage of the champion"
+    (tmp_path / "copy").mkdir()  # MLflow holds the database that was deleted open at its old name
+    shutil.copy(root / "mlflow.db", tmp_path / "copy")
+    versions = Registry(sqlite_uri(tmp_path / "copy"), "digits").versions()
+    assert len(versions) >= 2 + before
+    for version in versions:
+        version.verify()
+    tables = [path.parent for path in root.glob("tables/*/manifest.json")]
+    assert len(tables) >= 1 + before
+    assert unfinished not in tables
+    for table in tables:
+        verify_table(table)
+    assert verify_table(root / "tables" / "captions-1").digest == first.digest
