@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +67,13 @@ def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
     os.kill(process.pid, signal.SIGKILL)
 
 
+def kill_family(pid: int) -> None:
+    """Kill a process and everything below it at once, as when their machine is lost."""
+    for process in family(pid):
+        with suppress(ProcessLookupError):
+            kill(process)
+
+
 def stop_group(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads a session, with all that it has started."""
     with suppress(ProcessLookupError):
@@ -75,6 +83,25 @@ def stop_group(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
+
+
+@contextmanager
+def repeatedly(work: Callable[[int], None]) -> Iterator[list[int]]:
+    """Somebody who works on beside the block: ``work(1)``, ``work(2)``, ...; how many are done."""
+    done, stop = [0], threading.Event()
+
+    def go_on() -> None:
+        while not stop.is_set():
+            work(done[0] + 1)
+            done[0] += 1
+
+    worker = threading.Thread(target=go_on)
+    worker.start()
+    try:
+        yield done
+    finally:
+        stop.set()
+        worker.join()
 
 
 def count_alive(processes: list[psutil.Process]) -> int:

@@ -64,7 +64,7 @@ def postgres() -> Iterator[str]:
         try:
             uri = f"postgresql+psycopg2://mlflow:{password}@127.0.0.1:{port}"
             for name in ("mlflow", "auth"):
-                _create_database(uri, name)
+                create_database(uri, name)
             yield uri
         finally:
             server.send_signal(signal.SIGINT)  # whoever is still connected, too, must go
@@ -79,7 +79,7 @@ def _find_programs() -> Path:
     pytest.skip("no initdb here: apt-get install postgresql (make setup does, as root on Debian)")
 
 
-def _create_database(uri: str, name: str) -> None:
+def create_database(uri: str, name: str) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:

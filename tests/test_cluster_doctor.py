@@ -193,7 +193,7 @@ class OddS3(ChaosS3):
         super().__enter__()
         late = self._late
 
-        class Late(self._server.RequestHandlerClass):  # type: ignore[misc, name-defined]
+        class Late(self._server.RequestHandlerClass):  # type: ignore[misc, name-defined]  # a class that mypy cannot know
             def date_time_string(self, timestamp: float | None = None) -> str:
                 return formatdate(time.time() - late, usegmt=True)
 
@@ -320,8 +320,9 @@ def ray_head() -> Iterator[str]:
         command = [
             str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
             f"--port={free_port()}", "--node-ip-address=127.0.0.1", f"--dashboard-port={port}",
-            f"--ray-client-server-port={free_port()}", "--num-cpus=1",
-            "--object-store-memory=100000000", f"--temp-dir={made}", "--disable-usage-stats",
+            "--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}",
+            "--num-cpus=1", "--object-store-memory=100000000", f"--temp-dir={made}",
+            "--disable-usage-stats",
         ]  # fmt: skip
         with log.open("wb") as output:
             head = subprocess.Popen(

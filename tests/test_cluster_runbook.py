@@ -1,54 +1,30 @@
 """The runbook tells the truth: its headings, its commands, and that a backup brings all back."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 from builders import write_table
-from processes import REPOSITORY
-from serving_load import Models, register_models
-from test_serve_snapshots import build_drawer, write_snapshot
+from processes import REPOSITORY, repeatedly
+from runbook import RUNBOOK, add_version, blocks, shell
+from serving_load import register_models
 
 from pixart_cluster.cli import cli
 from pixart_platform.registry import Registry
+from pixart_platform.storage import open_folder
 from pixart_platform.tables import verify_table
 from pixart_platform.tracking import sqlite_uri
 
-RUNBOOK = (REPOSITORY / "cluster" / "README.md").read_text()
 HEADINGS = [
     "Bring up", "Upgrade", "Back up and restore", "A lost head node", "A hung collective",
     "A full disk", "A poisoned checkpoint", "A node that keeps dying", "A service that refuses",
     "A queue that grows", "A registry that is away",
 ]  # fmt: skip
 HERE = "export RUN=runs/demo BACKUP=backup/demo\n"
-
-
-def blocks(heading: str) -> list[str]:
-    """The commands below a heading."""
-    part = RUNBOOK.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return [re.sub(r"^ +", "", b, flags=re.M) for b in re.findall(r"```sh\n(.*?)```", part, re.S)]
-
-
-def shell(script: str, folder: Path) -> str:
-    """Run lines of the runbook as they are, in ``folder``, with ``pixart`` on the path."""
-    here = str(Path(sys.executable).parent)
-    ours = {"PATH": f"{here}:{os.environ['PATH']}", "RCLONE_CONFIG": ""}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=os.environ | ours,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_headings_are_the_ones_alerts_point_to() -> None:
@@ -83,30 +59,6 @@ def test_a_policy_is_made_of_its_template(tmp_path: Path) -> None:
     assert "BUCKET" not in made
 
 
-@contextmanager
-def somebody_at_work(models: Models, root: Path) -> Iterator[list[int]]:
-    """Tables are committed and versions registered all the time; how many so far."""
-    made, stop = [0], threading.Event()
-    drawer = build_drawer(9)
-
-    def work() -> None:
-        while not stop.is_set():
-            number = 100 + made[0]
-            rows = [[{"id": f"{k:016x}".ljust(64, "0"), "captions": ["x"]}] for k in range(20)]
-            write_table(root / "tables" / f"captions-{number}", "captions/2", rows)
-            folder = write_snapshot(root / "snapshots" / str(number), drawer)
-            models.registry.register(folder, "", {})
-            made[0] += 1
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    try:
-        yield made
-    finally:
-        stop.set()
-        worker.join()
-
-
 @pytest.mark.slow
 def test_what_was_backed_up_while_somebody_worked_is_sound_when_restored(tmp_path: Path) -> None:
     for tool in ("rclone", "sqlite3"):
@@ -119,7 +71,8 @@ def test_what_was_backed_up_while_somebody_worked_is_sound_when_restored(tmp_pat
     write_table(unfinished, "captions/2", [[{"captions": ["a"]}]])
     (unfinished / "manifest.json").unlink()
     back_up, restore, *_ = blocks("Back up and restore")
-    with somebody_at_work(models, root) as made:
+    place = open_folder(root)
+    with repeatedly(lambda n: add_version(models.registry, place, 100 + n)) as made:
         while not made[0]:
             time.sleep(0.01)
         before = made[0]

@@ -11,7 +11,6 @@ applied in place.
 
 import math
 from pathlib import PurePosixPath
-from typing import Any
 
 import yaml
 
@@ -191,24 +190,25 @@ def _policies(name: str, serve_port: int | None) -> list[Document]:
     Prometheus. The service: the ingress, where TLS ends. What pods may ask is not limited.
     """
     members = {"podSelector": {"matchLabels": {"app.kubernetes.io/instance": name}}}
-    operator = _namespace(OPERATOR_NAMESPACE)
+    operator = in_namespace(OPERATOR_NAMESPACE)
     ingress: list[Document] = [
         {"from": [members]},
-        {"from": [_namespace(MONITORING_NAMESPACE)], "ports": _ports(*METRICS_PORTS.values())},
+        {"from": [in_namespace(MONITORING_NAMESPACE)], "ports": tcp(*METRICS_PORTS.values())},
     ]
     if serve_port:
-        visitors = [_namespace(INGRESS_NAMESPACE), operator]
-        ingress.append({"from": visitors, "ports": _ports(serve_port)})
+        visitors = [in_namespace(INGRESS_NAMESPACE), operator]
+        ingress.append({"from": visitors, "ports": tcp(serve_port)})
     dashboard: Document = {
-        "from": [{"podSelector": {}}, operator], "ports": _ports(PORTS["dashboard"]),
+        "from": [{"podSelector": {}}, operator], "ports": tcp(PORTS["dashboard"]),
     }  # fmt: skip
     return [
-        _policy(name, {"app.kubernetes.io/instance": name}, ingress),
-        _policy(f"{name}-head", labels_of(name, "head"), [dashboard]),
+        network_policy(name, {"app.kubernetes.io/instance": name}, ingress),
+        network_policy(f"{name}-head", labels_of(name, "head"), [dashboard]),
     ]
 
 
-def _policy(name: str, selected: dict[str, str], ingress: list[Document]) -> Document:
+def network_policy(name: str, selected: dict[str, str], ingress: list[Document]) -> Document:
+    """Who may reach the pods with these labels."""
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -221,9 +221,11 @@ def _policy(name: str, selected: dict[str, str], ingress: list[Document]) -> Doc
     }
 
 
-def _namespace(name: str) -> dict[str, Any]:
+def in_namespace(name: str) -> Document:
+    """Every pod of a namespace."""
     return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
 
 
-def _ports(*numbers: int) -> list[Document]:
+def tcp(*numbers: int) -> list[Document]:
+    """Ports of a policy."""
     return [{"protocol": "TCP", "port": number} for number in numbers]

@@ -90,7 +90,7 @@ def check_shared(root: Path) -> None:
     marker = root / f".seen-{secrets.token_hex(4)}"
     marker.touch()
     look = ray.remote(num_cpus=0, max_retries=0)(_exists)
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has types in parts
     alive = [node for node in nodes if node["Alive"]]
     asked = {
         look.options(

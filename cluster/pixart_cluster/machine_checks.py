@@ -113,7 +113,7 @@ def check_gpus(recipe: FullRecipe, *, elsewhere: bool) -> Iterator[Finding]:
         told = "these GPUs have no bf16, which training uses"
         yield Finding("bf16", "wrong", told, "take A100s or newer")
     if torch.distributed.is_nccl_available():
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch has no types there
         yield Finding("nccl", "ok", nccl)
     else:
         yield Finding("nccl", "wrong", "torch was built without it", "install torch with CUDA")
@@ -121,7 +121,7 @@ def check_gpus(recipe: FullRecipe, *, elsewhere: bool) -> Iterator[Finding]:
 
 def _driver_cuda() -> int:
     """The newest CUDA's major version that the NVIDIA driver runs; 0 if it does not say."""
-    import pynvml  # type: ignore[import-untyped]
+    import pynvml  # type: ignore[import-untyped]  # has no types
 
     try:
         pynvml.nvmlInit()

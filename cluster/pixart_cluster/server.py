@@ -70,6 +70,14 @@ def check_port(port: int, option: str = "--port") -> None:
             ) from error
 
 
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def wait_for_answer(url: str, server: "subprocess.Popen[bytes]", log: Path, name: str) -> None:
     """Raise ServerError if a server has ended, or says nothing for two minutes."""
     deadline = time.monotonic() + _START_SECONDS

@@ -26,6 +26,7 @@ from packaging.version import InvalidVersion, Version
 
 from pixart_cluster.machine_checks import Finding, gpu_settings
 from pixart_cluster.recipe import FullRecipe
+from pixart_cluster.submit import submit_when_ready
 from pixart_platform.errors import ManifestError, PixartError, RegistryError, StorageError
 from pixart_platform.manifest import load_manifest
 from pixart_platform.object_store import S3Folder
@@ -377,17 +378,12 @@ def _find_blind(address: str, signed: Mapping[str, str], probe: Path) -> list[st
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     client = JobSubmissionClient(address, headers=dict(signed))
-    deadline, job = time.monotonic() + _JOB_SECONDS, ""
-    while not job:
-        try:
-            job = client.submit_job(
-                entrypoint=f"python -c {shlex.quote(_LOOK)}",
-                runtime_env={"env_vars": {"PIXART_PROBE": str(probe)}},
-            )
-        except RuntimeError as error:  # a cluster that has just started takes no jobs yet
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.3)
+    job = submit_when_ready(
+        client,
+        entrypoint=f"python -c {shlex.quote(_LOOK)}",
+        runtime_env={"env_vars": {"PIXART_PROBE": str(probe)}},
+    )
+    deadline = time.monotonic() + _JOB_SECONDS
     while not (status := client.get_job_status(job)).is_terminal():
         if time.monotonic() > deadline:
             client.stop_job(job)

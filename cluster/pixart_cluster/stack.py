@@ -28,6 +28,7 @@ from pixart_cluster.server import (
     HOST,
     ServerError,
     check_port,
+    free_port,
     mlflow_server,
     stop_session,
     wait_for_answer,
@@ -176,6 +177,10 @@ def _ray_head(
                 Path(sys.executable).parent / "ray", "start", "--head", "--block",
                 "--node-ip-address", HOST, "--port", str(ports.ray),
                 "--dashboard-host", HOST, "--dashboard-port", str(ports.dashboard),
+                # Ray's own choice is one per machine: beside another Ray, whoever submits would be
+                # told "No available agent" for ever, or the head would end.
+                "--dashboard-agent-listen-port", "0",
+                "--ray-client-server-port", str(free_port()),
                 "--num-cpus", str(max(MIN_CPUS, os.cpu_count() or 1)),
                 "--temp-dir", f"{scratch}/ray", "--disable-usage-stats",
             ],

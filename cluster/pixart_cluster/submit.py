@@ -25,7 +25,7 @@ from pixart_platform.recipe import digest_of
 from pixart_platform.tracking import SUBMISSION, hide_password
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
     from pixart_cluster.recipe import FullRecipe
 
@@ -34,7 +34,7 @@ _ADDRESS = "RAY_API_SERVER_ADDRESS"
 _ID = "pixart-{}-{}"
 _RUN, _ATTEMPT, _DIGEST = "pixart_run", "pixart_attempt", "pixart_digest"  # a job's metadata
 _OWN_EXITS = range(1, 128)  # of a program that ended itself; signals are beyond, or negative
-_POLL_SECONDS, _START_SECONDS, _STOP_SECONDS = 1.0, 60.0, 60.0
+_POLL_SECONDS, _START_SECONDS, _STOP_SECONDS = 1.0, 120.0, 60.0
 _PACKAGES = (
     "pixart_platform", "pixart_models", "pixart_jobs", "pixart_serve", "pixart_cluster",
 )  # fmt: skip
@@ -229,25 +229,14 @@ class Cluster:
         if order.ships_code:
             environment["py_modules"] = _package_folders()
         with self._asked():
-            self._submit_when_ready(
+            submit_when_ready(
+                self._client,
                 entrypoint=order.entrypoint,
                 submission_id=_ID.format(name, number),
                 runtime_env=environment,
                 metadata=told,
                 entrypoint_label_selector=dict(order.driver_nodes or {}) or None,
             )
-
-    def _submit_when_ready(self, **asked: Any) -> None:
-        """A cluster that has just started has no agent yet that takes jobs."""
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                self._client.submit_job(**asked)
-                return
-            except RuntimeError as error:
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise
-            time.sleep(_POLL_SECONDS)
 
     def stop(self, run: str) -> Attempt:
         """Stop what is under way of a run, and wait until it is."""
@@ -371,3 +360,15 @@ def _duration(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s"
+
+
+def submit_when_ready(client: "JobSubmissionClient", **asked: Any) -> str:
+    """Submit a job; its id. A cluster that has just started has no agent yet that takes jobs."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            return client.submit_job(**asked)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_SECONDS)

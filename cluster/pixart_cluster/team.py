@@ -7,7 +7,13 @@ Artifacts lie in the bucket of ``train.snapshots``. Secrets, by name, in ``pixar
 ``basic_auth.ini`` as a file. TLS ends at the ingress.
 """
 
-from pixart_cluster.kuberay import INGRESS_NAMESPACE, MONITORING_NAMESPACE
+from pixart_cluster.kuberay import (
+    INGRESS_NAMESPACE,
+    MONITORING_NAMESPACE,
+    in_namespace,
+    network_policy,
+    tcp,
+)
 from pixart_cluster.pods import SECURITY, USER, Document, secret_environment
 from pixart_cluster.recipe import FullRecipe
 
@@ -112,22 +118,7 @@ def _pod(bucket: str, image: str) -> Document:
 
 def _policy() -> Document:
     """The namespace's own pods, the ingress, and Prometheus' prober."""
-    others = [
-        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
-        for namespace in (INGRESS_NAMESPACE, MONITORING_NAMESPACE)
-    ]
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": NAME},
-        "spec": {
-            "podSelector": {"matchLabels": _LABELS},
-            "policyTypes": ["Ingress"],
-            "ingress": [
-                {
-                    "from": [{"podSelector": {}}, *others],
-                    "ports": [{"protocol": "TCP", "port": PORT}],
-                }
-            ],
-        },
-    }
+    others = [in_namespace(name) for name in (INGRESS_NAMESPACE, MONITORING_NAMESPACE)]
+    return network_policy(
+        NAME, _LABELS, [{"from": [{"podSelector": {}}, *others], "ports": tcp(PORT)}]
+    )

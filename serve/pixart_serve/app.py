@@ -106,7 +106,7 @@ def start(
         reason = _find_reason() or str(error).splitlines()[0]
         stop()
         raise ServiceError(f"the drawing service did not start: {reason}") from error
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nothing half started stays
         stop()
         raise
     return url
@@ -119,7 +119,7 @@ def stop() -> None:
         with suppress(TimeoutError):  # a shutdown alone would cut pictures short
             serve.delete(APPLICATION)
     if not set(serve.status().applications) - {APPLICATION}:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray has types in parts
 
 
 def check_port(settings: ServeSettings) -> None:

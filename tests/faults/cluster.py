@@ -31,16 +31,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # read at import
+import psutil
 from chaos_s3 import ChaosS3, endpoint, make_bucket
 from mlflow_server import ServerProcess
-from processes import MINI, PIXART, REPOSITORY, family, kill
+from processes import MINI, PIXART, REPOSITORY, family, kill_family
 from recording import figure
 from serving_load import free_port
 
@@ -83,28 +84,21 @@ class Machines:
         """Kill everything on the node of a role at once, then bring up another."""
         node = self._nodes[role]
         (raylet,) = node.all_processes["raylet"]
-        for process in family(raylet.process.pid):
-            try:
-                kill(process)
-            except ProcessLookupError:
-                continue
+        kill_family(raylet.process.pid)
         self._cluster.remove_node(node, allow_graceful=False)
         self.add(role)
 
     def has(self, role: str, what: str) -> bool:
         """Whether a process called so runs on a role's node."""
         (raylet,) = self._nodes[role].all_processes["raylet"]
-        return any(what in " ".join(p.cmdline()) for p in family(raylet.process.pid) if alive(p))
+        for process in family(raylet.process.pid):
+            with suppress(psutil.Error):  # gone meanwhile
+                if what in " ".join(process.cmdline()):
+                    return True
+        return False
 
     def shutdown(self) -> None:
-        self._cluster.shutdown()  # type: ignore[no-untyped-call]
-
-
-def alive(process: Any) -> bool:
-    try:
-        return bool(process.cmdline())
-    except Exception:  # gone meanwhile, however psutil puts it
-        return False
+        self._cluster.shutdown()  # type: ignore[no-untyped-call]  # Ray has types in parts
 
 
 @dataclass
@@ -194,7 +188,7 @@ def nodes(site: Site) -> Figures:
             ("aesthetics", "driver", ""),
         ):  # fmt: skip
             run.wait_to_say(f"{job:<10} 0 of")
-            wait_until(lambda role=role, sign=sign: site.machines.has(role, sign))  # type: ignore[misc]
+            wait_until(lambda role=role, sign=sign: site.machines.has(role, sign))  # type: ignore[misc]  # mypy sees no default
             print(f"nodes      {job}: the {role} node is killed", flush=True)
             killed_at = time.monotonic()
             site.machines.replace(role)
@@ -250,7 +244,7 @@ def two(site: Site) -> Figures:
 
 def refused(site: Site) -> Figures:
     """Whoever has no token, or another, gets in nowhere."""
-    address, wrong = site.machines.address, {}
+    address, wrong = site.machines.address, dict[str, str]()
     for case, environment in {
         "none": {"RAY_AUTH_MODE": "disabled"}, "other": {"RAY_AUTH_TOKEN": secrets.token_hex(32)},
     }.items():  # fmt: skip
@@ -258,9 +252,9 @@ def refused(site: Site) -> Figures:
             ["submit", MINI, "--runs", site.runs, "--address", address, "--no-follow"],
             ["list", "--address", address],
         ):
-            told = pixart(*words, environment=environment)
-            if told.returncode != 2 or "token" not in told.stderr or "Traceback" in told.stderr:
-                wrong[f"{words[0]}, token: {case}"] = told.stdout + told.stderr
+            done = pixart(*words, environment=environment)
+            if done.returncode != 2 or "token" not in done.stderr or "Traceback" in done.stderr:
+                wrong[f"{words[0]}, token: {case}"] = done.stdout + done.stderr
     for path in ("/api/jobs/", "/nodes?view=summary", "/api/v0/actors", "/logical/actors"):
         try:
             with urllib.request.urlopen(f"{address}{path}", timeout=20) as answer:
@@ -268,7 +262,7 @@ def refused(site: Site) -> Figures:
         except urllib.error.HTTPError as error:
             if error.code not in (401, 403):
                 wrong[path] = f"{error.code}"
-    for what, told in wrong.items():  # type: ignore[assignment]
+    for what, told in wrong.items():
         print(f"refused    {what}: {told}")
     return {"refused_not": figure(len(wrong), 0, at_most=True)}
 

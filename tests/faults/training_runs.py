@@ -27,7 +27,7 @@ import psutil
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from builders import write_table
-from processes import family, kill, train_workers
+from processes import kill_family, train_workers
 
 from pixart_platform.tables import Table
 
@@ -251,11 +251,7 @@ class Machines:
         """Kill everything on a node at once, as when its machine is lost."""
         node = self._nodes()[which]
         (raylet,) = node.all_processes["raylet"]
-        for process in family(raylet.process.pid):
-            try:
-                kill(process)
-            except ProcessLookupError:
-                continue
+        kill_family(raylet.process.pid)
         self._cluster.remove_node(node, allow_graceful=False)
 
     def give_notice(self, which: int) -> None:
