@@ -35,7 +35,7 @@ from pixart_jobs.evaluate import (
     require_suites,
 )
 from pixart_jobs.geneval import PromptFileError
-from pixart_jobs.pipeline import Pipeline, Workspace
+from pixart_jobs.pipeline import Pipeline
 from pixart_jobs.promote import find_version, measured
 from pixart_jobs.scenes import is_held_out
 from pixart_jobs.suites import (
@@ -47,6 +47,7 @@ from pixart_jobs.suites import (
     parse_reading,
     read_rows,
 )
+from pixart_jobs.workspace import Workspace
 from pixart_models.config import get_preset
 from pixart_models.digits import Reading
 from pixart_models.dit import DiT

@@ -18,6 +18,7 @@ from pixart_cluster import runs, versions
 from pixart_cluster.doctor import doctor
 from pixart_cluster.evaluations import evaluate
 from pixart_cluster.local import quiet_environment
+from pixart_cluster.studies import ablate
 from pixart_cluster.tables import table
 from pixart_cluster.versions import RegistryOption
 from pixart_cluster.vote import vote
@@ -30,7 +31,7 @@ cli.add_typer(table, name="table")
 cli.add_typer(versions.registry_commands, name="registry")
 for command in (
     evaluate, versions.promote, versions.rollback, versions.lineage, versions.compare, vote,
-    runs.submit, runs.status, runs.logs, runs.stop, doctor,
+    runs.submit, runs.status, runs.logs, runs.stop, doctor, ablate,
 ):  # fmt: skip
     cli.command()(command)
 cli.command(name="list")(runs.list_)

@@ -12,7 +12,8 @@ from pixart_cluster.console import ConsoleMonitor
 from pixart_cluster.local import some_ray
 from pixart_cluster.recipe import FullRecipe
 from pixart_jobs import report
-from pixart_jobs.pipeline import Pipeline, Result, StageResult, Workspace
+from pixart_jobs.pipeline import Pipeline, Result, StageResult
+from pixart_jobs.workspace import Workspace
 from pixart_platform.registry import Registry, check_source
 from pixart_platform.storage import open_folder, write_atomic
 from pixart_platform.tracking import hide_password

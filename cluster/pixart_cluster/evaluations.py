@@ -29,8 +29,9 @@ def evaluate(
     from pixart_cluster.local import some_ray
     from pixart_cluster.recipe import read_recipe
     from pixart_jobs.evaluate import require_suites
-    from pixart_jobs.pipeline import Pipeline, Workspace
+    from pixart_jobs.pipeline import Pipeline
     from pixart_jobs.promote import find_version
+    from pixart_jobs.workspace import Workspace
 
     settings = read_recipe(recipe, set_ or ())
     suites = require_suites(suite or settings.suites)

@@ -7,13 +7,13 @@ their order. Each job is a child run of the pipeline's run in MLflow and is char
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pixart_jobs import caption, encode, evaluate, ingest, selection, stage, train
 from pixart_jobs.evaluate import Evaluation
@@ -22,6 +22,7 @@ from pixart_jobs.promote import promote
 from pixart_jobs.recipe import Recipe
 from pixart_jobs.sources import open_source
 from pixart_jobs.stage import StageInputs, StagePlan
+from pixart_jobs.workspace import JobMonitor, Monitor, Workspace
 from pixart_platform.accounting import Cost, measure
 from pixart_platform.copies import publish
 from pixart_platform.errors import PixartError, RecipeError
@@ -30,25 +31,12 @@ from pixart_platform.manifest import current_commit, load_manifest
 from pixart_platform.partitions import Progress
 from pixart_platform.recipe import digest_of
 from pixart_platform.registry import PARENT_TAG, Registry, Version
-from pixart_platform.storage import Folder, open_folder, write_atomic
+from pixart_platform.storage import open_folder, write_atomic
 from pixart_platform.tables import OK, Table, TableWriter, find_rejects
-from pixart_platform.tracking import Tracker, bury, sqlite_uri
+from pixart_platform.tracking import Tracker, bury
 
 _SHOWN_REJECTS = 1000  # of each table, in the report
 _Tables = Callable[[], dict[str, Table]]
-
-
-class Monitor(Protocol):
-    """Whoever shows progress."""
-
-    @contextmanager
-    def job(self, name: str, total: int, unit: str) -> Iterator["JobMonitor"]: ...
-
-    def note(self, message: str) -> None: ...
-
-
-class JobMonitor(Protocol):
-    def reach(self, done: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -84,33 +72,16 @@ class Result:
         return {k: v for found in self.evaluations for k, v in found.metrics.items()}
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """Where a pipeline keeps everything: one folder."""
-
-    root: Path
-    tracking_uri: str
-    scratch: Path
-
-    @classmethod
-    def under(cls, root: Path, scratch: Path, tracking_uri: str = "") -> "Workspace":
-        root.mkdir(parents=True, exist_ok=True)
-        return cls(root, tracking_uri or sqlite_uri(root), scratch)
-
-    def open_store(self, place: str) -> Folder:
-        """Where tables are kept: ``place``, or this workspace's own folder."""
-        return open_folder(place or self.root / "tables")
-
-    @property
-    def costs(self) -> Path:
-        return self.root / "costs"
-
-
 class Pipeline:
     """Runs a recipe's jobs in one workspace: ``run`` all of them, ``train`` one stage."""
 
-    def __init__(self, recipe: Recipe, space: Workspace, monitor: Monitor) -> None:
+    def __init__(
+        self, recipe: Recipe, space: Workspace, monitor: Monitor,
+        parent: Tracker | None = None, tags: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """``parent`` is the run in MLflow that this pipeline's run, with ``tags``, is part of."""
         self._recipe, self._space, self._monitor = recipe, space, monitor
+        self._parent, self._tags = parent, dict(tags or {})
         self._identity = digest_of(recipe.model_dump(mode="json", exclude={"plan"}))
         self._registry = Registry(space.tracking_uri, recipe.name)
         self._rejects: list[dict[str, str]] = []
@@ -138,9 +109,9 @@ class Pipeline:
         """The pipeline's run in MLflow, with how it ended."""
         bury(self._space.tracking_uri, self._recipe.name)
         params = self._recipe.model_dump(mode="json", exclude={"accounting", "plan"})
-        self._run = self._start_run("pipeline", self._identity, None, params)
+        self._run = self._start_run("pipeline", self._identity, self._parent, params)
         origin = {"git_commit": current_commit(), "workspace": str(self._space.root)}
-        self._run.set_tags(origin | describe_machine())
+        self._run.set_tags(origin | describe_machine() | self._tags)
         self._run.log_text(list_packages(), "packages.txt")
         try:
             yield
@@ -169,7 +140,7 @@ class Pipeline:
             stages[-1].version, suites, self._find_references(lambda: tables), self._run
         )
         result = Result(
-            self._recipe, tables, accuracy, stages, evaluations, self._total_cost(),
+            self._recipe, tables, accuracy, stages, evaluations, self.cost_of(self._keys),
             self._space.tracking_uri, self._rejects, self._num_rejected,
         )  # fmt: skip
         if promote_result and suites:
@@ -382,10 +353,10 @@ class Pipeline:
         if tracker:
             tracker.log_metrics(cost.as_metrics(), total)
 
-    def _total_cost(self) -> Cost:
-        """Over all jobs of this pipeline, including those that earlier starts finished."""
+    def cost_of(self, keys: Collection[str]) -> Cost:
+        """Of the jobs with these keys (folders of tables and stages), all their attempts."""
         records = [json.loads(path.read_text()) for path in self._space.costs.glob("*.json")]
-        mine = [record for record in records if record["key"] in self._keys]
+        mine = [record for record in records if record["key"] in keys]
         return Cost(**{name: sum(r.get(name, 0.0) for r in mine) for name in vars(Cost())})
 
 

@@ -207,10 +207,10 @@ def memory_of(recipe: Recipe, machine: Machine, name: str) -> StageMemory:
     )  # fmt: skip
 
 
-def cost_stage(recipe: Recipe, machine: Machine, name: str) -> StageCost:
-    """Whole batches, of which those after ``finish_share`` see all tokens."""
-    stage, workers = recipe.stages[name], recipe.train.num_workers
-    config, memory = network_of(recipe, stage), memory_of(recipe, machine, name)
+def stage_flops(recipe: Recipe, name: str, images: int | None = None) -> float:
+    """Of training a stage, or its first ``images``; those that finish it see all tokens."""
+    stage = recipe.stages[name]
+    config, length = network_of(recipe, stage), stage.images // stage.batch_images
     text = mean_tokens(recipe) if stage.condition_on == "text" else 0
     dropped, whole = (
         step_flops(
@@ -219,8 +219,18 @@ def cost_stage(recipe: Recipe, machine: Machine, name: str) -> StageCost:
         ) for drop in (recipe.token_drop_of(stage), None)
     )  # fmt: skip
     share = stage.token_drop.finish_share if stage.token_drop else 1.0
+    total = length * stage.batch_images
+    seen = total if images is None else images
+    early = min(seen, total * (1 - share))
+    return early * dropped + (seen - early) * whole
+
+
+def cost_stage(recipe: Recipe, machine: Machine, name: str) -> StageCost:
+    """Whole batches, of which those after ``finish_share`` see all tokens."""
+    stage, workers = recipe.stages[name], recipe.train.num_workers
+    config, memory = network_of(recipe, stage), memory_of(recipe, machine, name)
+    flops = stage_flops(recipe, name)
     steps = stage.images // stage.batch_images
-    flops = steps * stage.batch_images * (share * whole + (1 - share) * dropped)
     seconds = machine.seconds(flops, workers, stage.resolution, steps)
     cost = recipe.accounting.charge(machine.kind, seconds, workers)
     peaks = [memory.peak(micro_batch(recipe, stage), zero, workers) for zero in ZERO_STAGES]

@@ -59,6 +59,7 @@ def make_tables(store: str, root: Path, num_scenes: int) -> None:
     quiet_environment()
     from pixart_jobs import pipeline
     from pixart_jobs.recipe import Recipe
+    from pixart_jobs.workspace import Workspace
     from pixart_platform import partitions
 
     stage = {
@@ -77,7 +78,7 @@ def make_tables(store: str, root: Path, num_scenes: int) -> None:
     vars(pipeline)["Registry"] = lambda *_: None
     vars(partitions)["_Apply"] = _trace(partitions._Apply, root / "trace")
     with local_ray(root / "logs") as scratch:
-        space = pipeline.Workspace.under(root, scratch)
+        space = Workspace.under(root, scratch)
         pipeline.Pipeline(recipe, space, Silence()).make_tables()
 
 

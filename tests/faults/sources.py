@@ -84,6 +84,7 @@ def hash_of(stem: str) -> int:
 def make_tables(root: Path, scratch: Path, source: str) -> dict[str, Table]:
     from pixart_jobs import pipeline
     from pixart_jobs.recipe import Recipe
+    from pixart_jobs.workspace import Workspace
 
     stage = {
         "condition_on": "text", "start_from": "scratch", "resolution": 32, "images": 64,
@@ -94,7 +95,7 @@ def make_tables(root: Path, scratch: Path, source: str) -> dict[str, Table]:
         "encode": {"resolutions": [32]}, "stages": {"align": stage},
     })  # fmt: skip
     vars(pipeline)["Registry"] = lambda *_: None
-    space = pipeline.Workspace.under(root, scratch)
+    space = Workspace.under(root, scratch)
     return pipeline.Pipeline(recipe, space, Silence()).make_tables()
 
 

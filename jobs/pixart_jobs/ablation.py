@@ -1,0 +1,317 @@
+"""``pixart ablate``: variants of a recipe, each trained to the same compute, and what it bought.
+
+A study is a grid of variants and seeds. Each run of it is a pipeline of its own folder and digest,
+so a study is resumed by running it again, and all runs share one store of tables. States are kept
+along the way; the averaged weights of each are asked the suite's prompts afterwards, so training
+is not disturbed and quality is known as a function of compute. From that follow, over the seeds,
+the quality at the end and the compute to a target, and the ratio of the latter to the baseline's.
+
+Compute is that of training, forward and backward, as ``pixart_models.forecast`` counts it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import ray
+from pydantic import Field, model_validator
+
+from pixart_jobs.caption import measure_density
+from pixart_jobs.evaluate import open_suite
+from pixart_jobs.pipeline import Pipeline, Result, StageResult
+from pixart_jobs.planner import change, stage_flops
+from pixart_jobs.recipe import Metric, Recipe
+from pixart_jobs.stage import StagePlan, average_of
+from pixart_jobs.suites import Outcomes, Suite
+from pixart_jobs.workspace import Monitor, Workspace
+from pixart_models.autoencoder import load_autoencoder
+from pixart_models.drawing import Drawer
+from pixart_models.forecast import count_parameters
+from pixart_models.pixart import PixArt
+from pixart_models.text import load_text_encoder
+from pixart_platform.engine import choose_accelerator
+from pixart_platform.errors import PixartError, RecipeError
+from pixart_platform.recipe import Section, digest_of, load_recipe
+from pixart_platform.seeds import derive_seed
+from pixart_platform.storage import open_folder, write_atomic
+from pixart_platform.tracking import Tracker
+
+STUDIES = Path(__file__).parent / "studies"
+_RETRIES = 3  # of a run whose node is lost; it goes on from its newest state
+ReadRecipe = Callable[[str, Sequence[str]], Recipe]
+"""A recipe by name or path, with overrides ``path=value``."""
+
+
+class StudyError(PixartError):
+    """A study that cannot be run as it is written."""
+
+
+class Study(Section):
+    """A grid: every variant with every seed."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    """Names the experiment in MLflow that groups its runs."""
+    recipe: str
+    """The recipe that is varied: a built-in one, or a .yaml file beside the study."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings by path that all variants share: ``train.num_workers: 1``; ``stages`` whole, too."""
+    variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], dict[str, Any]] = Field(
+        min_length=1
+    )
+    """Settings by path of each variant; none, to take the recipe as it is."""
+    baseline: str = ""
+    """The variant that the others are held against; left out, the first."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0, 1, 2), min_length=1)
+    """Of data, weights and order alike."""
+    tflops: float | None = Field(None, gt=0)
+    """Training of each run, in units of 10^12: all its stages are made longer or shorter by one
+    factor to come to it. Left out, as long as the recipe says."""
+    points: int = Field(8, ge=2, le=1000)
+    """How often quality is measured along a run, about; states of as many are kept."""
+    target: dict[Metric, float] = Field(min_length=1)
+    """Quality whose compute is sought: ``digit_accuracy: 0.9``."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Study":
+        if self.baseline and self.baseline not in self.variants:
+            raise ValueError(
+                f"baseline = {self.baseline}: is no variant; there are {', '.join(self.variants)}"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)}: one is there twice")
+        return self
+
+    @property
+    def reference(self) -> str:
+        return self.baseline or next(iter(self.variants))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant with a seed, ready to be trained."""
+
+    study: str
+    variant: str
+    seed: int
+    recipe: Recipe
+    suite: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a state of a run cost, and how well it draws."""
+
+    stage: str
+    images: int
+    """Since the first stage."""
+    flops: float
+    seconds: float
+    outcomes: Outcomes
+
+    def value(self, metric: str) -> float:
+        right, total = np.array(self.outcomes[metric], np.float64).sum(axis=0)
+        return float(right / total)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    variant: str
+    seed: int
+    parameters: int
+    flops: float
+    seconds: float
+    facts: dict[str, float]
+    points: list[Point] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, document: dict[str, Any]) -> "Outcome":
+        points = [Point(**point) for point in document["points"]]
+        return cls(**(document | {"points": points}))
+
+
+def read_study(name_or_path: str, read: ReadRecipe) -> tuple[Study, list[Run]]:
+    """A built-in study or a file's, and all its runs. Raises RecipeError, StudyError."""
+    path = Path(name_or_path)
+    if not path.suffix:
+        path = STUDIES / f"{name_or_path}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
+            raise StudyError(
+                f"study {name_or_path!r} is not built in (there is: {known}); give a .yaml file"
+            )
+    study = load_recipe(path, Study)
+    base = str(path.parent / study.recipe) if Path(study.recipe).suffix else study.recipe
+    return study, [_make_run(study, v, s, base, read) for s in study.seeds for v in study.variants]
+
+
+def _make_run(study: Study, variant: str, seed: int, base: str, read: ReadRecipe) -> Run:
+    asked = study.set | study.variants[variant] | {"name": study.name, "seed": seed}
+    try:
+        recipe = read(base, [f"{path}={json.dumps(value)}" for path, value in asked.items()])
+    except RecipeError as error:
+        raise StudyError(f"variant {variant}: {error}") from error
+    suites = [name for name in recipe.suites if name != "fidelity"]
+    if not suites:
+        raise StudyError(
+            f"variant {variant}: evaluate.suites = {list(recipe.suites)}: a study needs one that "
+            f"judges pictures one by one; write digits, or prompts:FILE"
+        )
+    if not any(stage.condition_on == "text" for stage in recipe.stages.values()):
+        raise StudyError(f"variant {variant}: no stage learns from captions; there is none to ask")
+    if study.tflops:
+        share = study.tflops * 1e12 / sum(stage_flops(recipe, name) for name in recipe.stages)
+        lengths = dict[str, int]()
+        for name, stage in recipe.stages.items():
+            steps = max(1, round(stage.images * share / stage.batch_images))
+            lengths[f"stages.{name}.images"] = steps * stage.batch_images
+        recipe = change(recipe, lengths)
+    asked_images = sum(s.images for s in recipe.stages.values() if s.condition_on == "text")
+    every = max(1, asked_images // study.points)
+    recipe = change(recipe, {
+        "evaluate.suites": [],  # measured here, at every point
+        "train.save_every_images": every, "train.keep_every_images": every,
+        "train.preview_every_images": max(s.images for s in recipe.stages.values()),
+        "train.preview_prompts": [], "train.evaluate_images": 0,
+    })  # fmt: skip
+    return Run(study.name, variant, seed, recipe, suites[0])
+
+
+def run_study(
+    study: Study, runs: Sequence[Run], space: Workspace, monitor: Monitor,
+    monitor_of: Callable[[Path], Monitor], num_parallel: int = 1,
+) -> list[Outcome]:  # fmt: skip
+    """All runs, those that were finished earlier included; ``num_parallel`` at a time.
+
+    Each is a task of Ray's, which writes what it does to ``run.log`` in its folder; ``monitor``
+    hears of each that ends. Raises what a run does: the others stay as they are, to go on with.
+    """
+    parent = Tracker.start(
+        space.tracking_uri, study.name, f"study:{digest_of(study.model_dump(mode='json'))}",
+        study.name, artifacts=space.root, params=study.model_dump(mode="json"),
+    )  # fmt: skip
+    asked = {
+        _execute.remote(run, space, parent.run_id, monitor_of): run for run in runs[:num_parallel]
+    }
+    waiting, outcomes = list(runs[num_parallel:]), dict[str, Outcome]()
+    with monitor.job("ablate", len(runs), "runs") as job:
+        while asked:
+            (ended, *_), _ = ray.wait(list(asked))
+            run = asked.pop(ended)
+            try:
+                found = outcomes[run.name] = ray.get(ended)
+            except BaseException:
+                parent.finish("FAILED")
+                raise
+            figures = {m: found.points[-1].value(m) for m in study.target}
+            parent.log_metrics({f"{run.variant}_{m}": v for m, v in figures.items()}, run.seed)
+            told = ", ".join(f"{m} {value:.3f}" for m, value in figures.items())
+            monitor.note(f"{run.name}: {told} after {found.flops / 1e12:.4g} TFLOPs")
+            job.reach(len(outcomes))
+            if waiting:
+                following = waiting.pop(0)
+                asked[_execute.remote(following, space, parent.run_id, monitor_of)] = following
+    parent.finish()
+    return [outcomes[run.name] for run in runs]
+
+
+@ray.remote(num_cpus=0, max_retries=_RETRIES)
+def _execute(
+    run: Run, space: Workspace, parent: str, monitor_of: Callable[[Path], Monitor]
+) -> Outcome:
+    root = space.root / "runs" / run.name
+    store = run.recipe.data.store or str(space.root / "tables")
+    recipe = change(run.recipe, {"data.store": store})
+    own = Workspace.under(root, space.scratch, space.tracking_uri)
+    tags = {"study": run.study, "variant": run.variant, "seed": str(run.seed)}
+    pipeline = Pipeline(
+        recipe, own, monitor_of(root / "run.log"),
+        parent=Tracker(space.tracking_uri, parent), tags=tags,
+    )  # fmt: skip
+    result = pipeline.run(promote_result=False)
+    place = root / f"measured-{_digest(run, result)}.json"
+    if not place.exists():
+        outcome = _measure(run, result, pipeline)
+        write_atomic(place, json.dumps(asdict(outcome)).encode())
+    return Outcome.load(json.loads(place.read_text()))
+
+
+def _digest(run: Run, result: Result) -> str:
+    """Of everything that decides what is measured."""
+    recipe, last = run.recipe, result.stages[-1].plan
+    suite = open_suite(run.suite, recipe, last.settings.resolution, last.folder, dict)
+    asked = {
+        "suite": f"{suite.name}/{suite.revision}", "settings": suite.settings,
+        "questions": _questions(suite, recipe.evaluate.seed),
+        "draw": recipe.draw.model_dump(mode="json"), "kept": recipe.train.keep_every_images,
+        "stages": [stage.plan.digest for stage in result.stages],
+    }  # fmt: skip
+    return digest_of(asked)
+
+
+def _measure(run: Run, result: Result, pipeline: Pipeline) -> Outcome:
+    """Ask every kept state of the stages that learn from captions, as many at once as fit."""
+    flops = seconds = 0.0
+    images, asked = 0, []
+    gpus = 1 if run.recipe.train.use_gpu else 0
+    for stage in result.stages:
+        took = pipeline.cost_of([stage.plan.folder.name]).seconds
+        for seen in stage.plan.states.complete() if _draws_prompts(stage) else []:
+            cost = (images + seen, flops + stage_flops(run.recipe, stage.plan.name, seen),
+                    seconds + took * seen / stage.plan.num_images)  # fmt: skip
+            answer = _judge.options(num_gpus=gpus).remote(stage.plan, seen, run)
+            asked.append((stage, cost, answer))
+        images += stage.plan.num_images
+        flops += stage_flops(run.recipe, stage.plan.name)
+        seconds += took
+    points = []
+    for stage, cost, answer in asked:
+        outcomes = ray.get(answer)
+        point = Point(stage.plan.name, *cost, outcomes)
+        points.append(point)
+        metrics = {metric: point.value(metric) for metric in outcomes}
+        tracker = Tracker(result.tracking_uri, stage.version.run_id)
+        tracker.log_metrics(metrics | {"train_tflops": point.flops / 1e12}, point.images)
+    network = result.stages[-1].plan.snapshot.network
+    facts = measure_density(result.tables["images"], result.tables["captions"])
+    return Outcome(run.variant, run.seed, count_parameters(network), flops, seconds, facts, points)
+
+
+def _draws_prompts(stage: StageResult) -> bool:
+    return stage.plan.settings.condition_on == "text"
+
+
+@ray.remote(num_cpus=1)
+def _judge(plan: StagePlan, images_seen: int, run: Run) -> Outcomes:
+    """What a state's averaged weights draw of the suite's prompts, judged."""
+    device, config, draw = choose_accelerator(), plan.snapshot, run.recipe.draw
+    network = cast(PixArt, average_of(plan, plan.states.open(images_seen)).to(device))
+    drawer = Drawer(
+        config, network, load_autoencoder(config.autoencoder, str(device)),
+        load_text_encoder(config.text_encoder, config.network.max_tokens, str(device)),
+    )  # fmt: skip
+    suite = open_suite(run.suite, run.recipe, config.resolution, plan.folder, dict)
+    judge, rows = suite.make_judge(), list[dict[str, Any]]()
+    prompts, seeds = _questions(suite, run.recipe.evaluate.seed)
+    size = run.recipe.evaluate.batch_images
+    for first in range(0, len(prompts), size):
+        some = prompts[first : first + size]
+        pictures = drawer.draw(
+            some, seeds[first : first + size], steps=draw.num_steps, guidance=draw.guidance
+        )
+        rows += [{"seen": seen, "features": data} for seen, data in judge(list(pictures), some)]
+    return suite.measure(rows, open_folder(plan.folder)).outcomes
+
+
+def _questions(suite: Suite, seed: int) -> tuple[list[str], list[int]]:
+    """Prompts and seeds, the same as an evaluation's."""
+    prompts = [prompt for prompt in suite.prompts for _ in range(suite.copies)]
+    return prompts, [derive_seed(seed, "evaluate", i) for i in range(len(prompts))]
