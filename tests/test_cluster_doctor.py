@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 from chaos_s3 import ChaosS3, endpoint
 from mlflow_server import MlflowServer
-from processes import PIXART, family
+from processes import PIXART, kill_family
 from serving_load import free_port, register_models
 from typer.testing import CliRunner
 
@@ -338,8 +338,7 @@ def ray_head() -> Iterator[str]:
                 time.sleep(0.5)
             yield address
         finally:
-            for process in family(head.pid):  # it would drain for 30 s
-                process.kill()
+            kill_family(head.pid)  # it would drain for 30 s
             head.wait(30)
 
 

@@ -27,6 +27,7 @@ from processes import (
     wait_for,
 )
 
+from pixart_cluster.recipe import read_recipe
 from pixart_jobs.promote import measured
 from pixart_jobs.scenes import compose_scene
 from pixart_platform.manifest import verify_folder
@@ -116,11 +117,12 @@ def test_second_run_skips_everything_done(demo_root: Path) -> None:
 
 def test_killed_worker_and_killed_driver_change_nothing(demo_root: Path, tmp_path: Path) -> None:
     root, log = tmp_path / "run", tmp_path / "log"
-    shutil.copytree(demo_root / "tables", root / "tables")
+    (pixels,) = (demo_root / "stages").glob("pixels-*")  # what is done is not made again
+    for made in (demo_root / "tables", pixels):
+        shutil.copytree(made, root / made.relative_to(demo_root))
     written = {p: p.stat().st_mtime_ns for p in (root / "tables").rglob("*.parquet")}
 
     driver = start("run", MINI, "--root", root, log=log)
-    wait_for(lambda: bool(states_of(root, "pixels")), "stage 1")
     wait_for(lambda: bool(states_of(root, "align")), "a state of stage 2")
     kill(train_workers(driver.pid)[0])
     assert snapshot_is_missing(root, "align"), "the kill came too late to mean anything"
@@ -151,9 +153,11 @@ def test_any_folder_of_images_works_and_broken_ones_are_listed(tmp_path: Path) -
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "words.jpg").write_text("this is not an image")
 
-    short = [f"stages.{s}.images=16" for s in ("pixels", "align", "aesthetics")]
-    settings = [f"data.source=folder:{folder}", "name=mine", *short]
-    done = run("run", MINI, "--root", root, *(x for s in settings for x in ("--set", s)))
+    align = read_recipe(str(MINI)).stages["align"].model_dump(mode="json")
+    one = json.dumps({"align": align | {"start_from": "scratch", "images": 16}})
+    settings = [f"data.source=folder:{folder}", "name=mine", "train.num_workers=1"]
+    asked = [*settings, f"stages={one}"]
+    done = run("run", MINI, "--root", root, *(x for s in asked for x in ("--set", s)))
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 26 rows rejected" in done.stdout
@@ -161,7 +165,7 @@ def test_any_folder_of_images_works_and_broken_ones_are_listed(tmp_path: Path) -
     assert "cut.png" in page
     assert "words.jpg" in page
     assert json.loads((root / "summary.json").read_text())["rejected_images"] == 2
-    assert Registry(sqlite_uri(root), "mine").aliases() == {"stage1": 1, "stage2": 2, "stage3": 3}
+    assert Registry(sqlite_uri(root), "mine").aliases() == {"stage1": 1}
 
 
 def test_busy_port_is_one_line_before_any_work(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ USER, OTHER, PASSWORD = "ada", "bob", secrets.token_hex(16)
 SHORT = [
     "data.num_scenes=64", "stages.pixels.images=64", "stages.align.images=128",
     "stages.aesthetics.images=64", "train.preview_every_images=64", "train.evaluate_images=16",
-    "train.save_every_images=64", "evaluate.num_prompts=4",
+    "train.save_every_images=64", "train.num_workers=1", "evaluate.num_prompts=4",
 ]  # fmt: skip
 
 

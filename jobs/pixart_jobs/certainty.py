@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 CONFIDENCE = 0.95
 LOWER_IS_BETTER = frozenset({"fid", "kid"})  # of the metrics that evaluations know
@@ -62,6 +61,8 @@ def measure(outcomes: Outcomes, seed: int = 0) -> Figure:
         return Figure(value, value, value)
     low, high = _interval(_resample(outcomes, seed))
     if low == high and value in (0.0, 1.0):
+        from scipy import stats  # a second, which every actor and command would take
+
         successes = round(value * len(outcomes))
         wilson = stats.binomtest(successes, len(outcomes)).proportion_ci(CONFIDENCE, "wilson")
         low, high = float(wilson.low), float(wilson.high)

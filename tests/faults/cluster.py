@@ -141,7 +141,8 @@ class Site:
             "name": name, "train.snapshots": f"s3://models/{name}",
             "data.nodes.pixart-role": "encoding", "encode.nodes.pixart-role": "encoding",
             "caption.nodes.pixart-role": "encoding", "train.nodes.pixart-role": "training",
-            "evaluate.nodes.pixart-role": "encoding",
+            "evaluate.nodes.pixart-role": "encoding", "caption.num_workers": 2,
+            "encode.num_workers": 2, "encode.num_readers": 2,
         }  # fmt: skip
         asked = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         with log.open("wb") as output:
