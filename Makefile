@@ -54,7 +54,8 @@ sbom: .venv/audit/.done
 	  --output-format JSON --output-file dist/sbom.json .venv/bin/python
 
 # Some tests mostly wait for processes to start, so two groups of them run beside the others.
-SERVERS := tests/test_cluster_doctor.py tests/test_cluster_stack.py tests/test_registry_for_teams.py
+SERVERS := tests/test_cluster_doctor.py tests/test_cluster_stack.py tests/test_registry_for_teams.py \
+  tests/test_jobs_ablation.py
 PIPELINES := tests/test_jobs_evaluate.py tests/test_pipeline.py
 test: setup
 	@logs=$$(mktemp -d); \
