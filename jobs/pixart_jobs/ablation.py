@@ -10,9 +10,11 @@ Compute is that of training, forward and backward, as ``pixart_models.forecast``
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -40,6 +42,7 @@ from pixart_platform.storage import open_folder, write_atomic
 from pixart_platform.tracking import Tracker
 
 STUDIES = Path(__file__).parent / "studies"
+_LOG = "run.log"
 _RETRIES = 3  # of a run whose node is lost; it goes on from its newest state
 ReadRecipe = Callable[[str, Sequence[str]], Recipe]
 """A recipe by name or path, with overrides ``path=value``."""
@@ -198,45 +201,56 @@ def run_study(
         space.tracking_uri, study.name, f"study:{digest_of(study.model_dump(mode='json'))}",
         study.name, artifacts=space.root, params=study.model_dump(mode="json"),
     )  # fmt: skip
-    asked = {
-        _execute.remote(run, space, parent.run_id, monitor_of): run for run in runs[:num_parallel]
-    }
-    waiting, outcomes = list(runs[num_parallel:]), dict[str, Outcome]()
-    with monitor.job("ablate", len(runs), "runs") as job:
-        while asked:
-            (ended, *_), _ = ray.wait(list(asked))
-            run = asked.pop(ended)
-            try:
+    outcomes = dict[str, Outcome]()
+    try:
+        with monitor.job("ablate", len(runs), "runs") as job:
+            for run, ended in _execute_all(runs, space, parent.run_id, monitor_of, num_parallel):
+                monitor.note(f"{run.name} has ended; {_folder(space, run) / _LOG} tells of it")
                 found = outcomes[run.name] = ray.get(ended)
-            except BaseException:
-                parent.finish("FAILED")
-                raise
-            figures = {m: found.points[-1].value(m) for m in study.target}
-            parent.log_metrics({f"{run.variant}_{m}": v for m, v in figures.items()}, run.seed)
-            told = ", ".join(f"{m} {value:.3f}" for m, value in figures.items())
-            monitor.note(f"{run.name}: {told} after {found.flops / 1e12:.4g} TFLOPs")
-            job.reach(len(outcomes))
-            if waiting:
-                following = waiting.pop(0)
-                asked[_execute.remote(following, space, parent.run_id, monitor_of)] = following
+                ends = {m: found.points[-1].value(m) for m in study.target}
+                parent.log_metrics({f"{run.variant}_{m}": v for m, v in ends.items()}, run.seed)
+                told = ", ".join(f"{m} {value:.3f}" for m, value in ends.items())
+                monitor.note(f"{run.name}: {told} after {found.flops / 1e12:.4g} TFLOPs")
+                job.reach(len(outcomes))
+    except BaseException as error:  # Ctrl-C, too
+        parent.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
     parent.finish()
     return [outcomes[run.name] for run in runs]
+
+
+def _execute_all(
+    runs: Sequence[Run], space: Workspace, parent: str,
+    monitor_of: Callable[[Path], Monitor], num_parallel: int,
+) -> Iterator[tuple[Run, ray.ObjectRef[Outcome]]]:  # fmt: skip
+    """As they end."""
+    waiting, asked = deque(runs), dict[Any, Run]()
+    while waiting or asked:
+        while waiting and len(asked) < num_parallel:
+            run = waiting.popleft()
+            asked[_execute.remote(run, space, parent, monitor_of)] = run
+        (ended, *_), _ = ray.wait(list(asked))
+        yield asked.pop(ended), ended
+
+
+def _folder(space: Workspace, run: Run) -> Path:
+    return space.root / "runs" / run.name
 
 
 @ray.remote(num_cpus=0, max_retries=_RETRIES)
 def _execute(
     run: Run, space: Workspace, parent: str, monitor_of: Callable[[Path], Monitor]
 ) -> Outcome:
-    root = space.root / "runs" / run.name
+    root = _folder(space, run)
     store = run.recipe.data.store or str(space.root / "tables")
     recipe = change(run.recipe, {"data.store": store})
-    own = Workspace.under(root, space.scratch, space.tracking_uri)
     tags = {"study": run.study, "variant": run.variant, "seed": str(run.seed)}
-    pipeline = Pipeline(
-        recipe, own, monitor_of(root / "run.log"),
-        parent=Tracker(space.tracking_uri, parent), tags=tags,
-    )  # fmt: skip
-    result = pipeline.run(promote_result=False)
+    with TemporaryDirectory(prefix="pixart-study-") as scratch:  # this may be another node
+        pipeline = Pipeline(
+            recipe, Workspace.under(root, Path(scratch), space.tracking_uri),
+            monitor_of(root / _LOG), Tracker(space.tracking_uri, parent), tags,
+        )  # fmt: skip
+        result = pipeline.run(promote_result=False)
     place = root / f"measured-{_digest(run, result)}.json"
     if not place.exists():
         outcome = _measure(run, result, pipeline)
