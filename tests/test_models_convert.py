@@ -548,6 +548,7 @@ def test_a_dit_whose_blocks_disagree_about_the_timestep_is_no_dit_of_ours(tmp_pa
     [
         (replace(TINY, mlp_ratio=2.0), "PixArtTransformer2DModel cannot express mlp_ratio = 2.0"),
         (replace(TINY, qk_norm=True), "PixArtTransformer2DModel cannot express qk_norm = True"),
+        (replace(TINY, adaln="block"), "PixArtTransformer2DModel cannot express adaln = 'block'"),
         (
             replace(DIT, position_scale=2.0, mlp_ratio=3.0),
             "DiTTransformer2DModel cannot express mlp_ratio = 3.0, position_scale = 2.0",

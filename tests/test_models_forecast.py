@@ -42,6 +42,7 @@ CASES: dict[str, tuple[NetworkConfig, int, int, TokenDrop | None]] = {
     "1024 tokens": (TINY, 64, 64, None),
     "sized": (replace(MEDIUM, size_condition=True, predict_variance=False), 16, 16, None),
     "normed": (replace(MEDIUM, qk_norm=True), 16, 16, None),
+    "adaln by block": (replace(MEDIUM, adaln="block"), 16, 16, None),
     "masked": (MEDIUM, 32, 32, MASK),
     "routed": (MEDIUM, 32, 32, ROUTE),
     "dit": (replace(MEDIUM, architecture="dit"), 16, 16, None),

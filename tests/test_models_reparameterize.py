@@ -110,6 +110,22 @@ def test_the_report_lists_every_parameter_once(dit: DiT, converted: tuple[PixArt
     assert str(report) == f"{counts}; {positions}"
 
 
+def test_blocks_with_maps_of_their_own_keep_dits_at_every_timestep(dit: DiT) -> None:
+    pixart, report = reparameterize(dit, replace(TARGET, adaln="block"))
+    for t in (0.0, 400.0, 999.0):
+        embedded = pixart.t_embedder(torch.tensor([t]))
+        maps: list[Any] = [block.adaLN_modulation for block in pixart.blocks]
+        ours = torch.stack([own(embedded).view(6, -1) for own in maps])
+        torch.testing.assert_close(ours, dit_modulations(dit, t), rtol=0, atol=1e-6)
+    latents, timesteps = draw(2, 4, 8, 8), torch.full((2,), 500.0)
+    drawn = pixart(latents, timesteps, draw(2, 6, 10, seed=2))
+    theirs = dit(latents, timesteps, dit.null_label(2, latents.device))
+    torch.testing.assert_close(drawn, theirs, rtol=1e-5, atol=1e-5)
+    listed = [*report.copied, *report.derived, *report.new]
+    assert sorted(listed) == sorted(pixart.state_dict())
+    assert not any("t_block" in name for name in listed)
+
+
 def test_the_parent_stays_as_it_was(dit: DiT) -> None:
     before = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
     pixart, _ = reparameterize(dit, TARGET)

@@ -205,8 +205,11 @@ def run_study(
     try:
         with monitor.job("ablate", len(runs), "runs") as job:
             for run, ended in _execute_all(runs, space, parent.run_id, monitor_of, num_parallel):
-                monitor.note(f"{run.name} has ended; {_folder(space, run) / _LOG} tells of it")
-                found = outcomes[run.name] = ray.get(ended)
+                try:
+                    found = outcomes[run.name] = ray.get(ended)
+                except ray.exceptions.RayError:
+                    monitor.note(f"{run.name} failed; {_folder(space, run) / _LOG} tells more")
+                    raise
                 ends = {m: found.points[-1].value(m) for m in study.target}
                 parent.log_metrics({f"{run.variant}_{m}": v for m, v in ends.items()}, run.seed)
                 told = ", ".join(f"{m} {value:.3f}" for m, value in ends.items())

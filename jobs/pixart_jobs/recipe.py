@@ -376,4 +376,5 @@ class Recipe(Section):
             text_width=text_width,
             max_tokens=self.encode.max_tokens,
             qk_norm=self.train.qk_norm,
+            adaln=self.train.adaln if stage.condition_on == "text" else "single",
         )

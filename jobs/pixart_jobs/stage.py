@@ -37,6 +37,7 @@ from pixart_platform.storage import open_folder, publish_folder
 from pixart_platform.tables import Table
 
 SNAPSHOT_SCHEMA = "snapshot/1"
+_OFF = (("qk_norm", False), ("adaln", "single"))  # switches of a network that came later
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def plan(recipe: Recipe, name: str, inputs: StageInputs, root: Path) -> StagePla
         weighing["caption_weights"] = recipe.caption.weights
     document = weighing | {
         "settings": settings.model_dump(mode="json", exclude={"start_from"}, exclude_none=True),
-        "network": {n: v for n, v in network.to_dict().items() if n != "qk_norm" or v},
+        "network": {n: v for n, v in network.to_dict().items() if (n, v) not in _OFF},
         "objective": recipe.train.objective,
         "flow_location": recipe.train.flow_location,
         "seed": recipe.seed,

@@ -81,6 +81,9 @@ class TrainSettings(Section):
     qk_norm: bool = False
     """Normalise queries and keys in every attention head, so that long bf16 runs stay stable (Esser
     et al. 2024, section 5.3.2). Published PixArt and DiT weights have no such norms."""
+    adaln: Literal["single", "block"] = "single"
+    """How blocks learn of the timestep: by one shared map and a table each, the paper's
+    adaLN-single, or by a map each as DiT's, its baseline."""
     num_workers: int = Field(2, ge=1, le=1024)
     min_workers: int | None = Field(None, ge=1)
     """Go on with as few when nodes are lost, and grow again when they are back, with the same

@@ -77,7 +77,10 @@ _OUTSIDE = {
 }
 CLASSES = {"pixart": "PixArtTransformer2DModel", "dit": "DiTTransformer2DModel"}
 _NORMS = {"pixart": "ada_norm_single", "dit": "ada_norm_zero"}
-UNUSED = {"pixart": ("num_classes",), "dit": ("text_width", "max_tokens", "size_condition")}
+UNUSED = {
+    "pixart": ("num_classes",),
+    "dit": ("text_width", "max_tokens", "size_condition", "adaln"),
+}
 _SIZES = {  # config.json's key: our field, and the most we accept; heads are as wide as all with us
     "num_attention_heads": ("heads", 1024), "attention_head_dim": ("width", 1024),
     "num_layers": ("depth", 1000), "in_channels": ("latent_channels", 1024),

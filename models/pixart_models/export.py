@@ -105,9 +105,12 @@ def save_published(network: PixArt | DiT, path: Path) -> None:
     """Write a .safetensors file, or one that the released code loads: PixArt's under state_dict.
 
     Includes ``pos_embed`` (1, N, D), which its loaders expect. PixArt's ``y_embedding`` is left
-    out: ours is guided by the features of an empty prompt, not by a noise vector.
+    out: ours is guided by the features of an empty prompt, not by a noise vector. Raises
+    ConversionError for a PixArt that the released code has no class for.
     """
     config, side = network.config, network.config.base_grid
+    if isinstance(network, PixArt) and config.adaln != "single":
+        raise ConversionError(f"the released code cannot express adaln = {config.adaln!r}")
     positions = sincos_positions(config.width, side, side, side, config.position_scale)
     weights = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
     weights["pos_embed"] = positions[None]

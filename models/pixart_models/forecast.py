@@ -53,8 +53,10 @@ def _split_flops(config: NetworkConfig, tokens: list[int], text: float) -> tuple
         inner += depth * 6 * d**2  # adaLN_modulation 1*D*6D
         return 2 * inner, 2.0 * (outer + 2 * d**2)  # final_layer.adaLN_modulation 1*D*2D
     inner += 2 * n * d**2  # cross_attn: q_linear and proj n*D*D
+    if config.adaln == "block":
+        inner += depth * 6 * d**2  # adaLN_modulation 1*D*6D
     inner += text * (2 * depth * d**2 + 2 * n * d)  # kv_linear T*D*2D; n*D*T scores, n*T*D
-    outer += 6 * d**2  # t_block 1*D*6D
+    outer += 6 * d**2 * (config.adaln == "single")  # t_block 1*D*6D
     outer += (FREQUENCIES * d + d**2 // 3) * config.size_condition  # 3 times 1*F*D/3, 1*D/3*D/3
     return 2 * inner, 2 * (outer + text * (config.text_width + d) * d)  # y_embedder T*Dt*D, T*D*D
 

@@ -58,11 +58,20 @@ class PixArtBlock(nn.Module):
         self.attn = SelfAttention(width, config.heads, config.qk_norm)
         self.cross_attn = CrossAttention(width, config.heads, config.qk_norm)
         self.mlp = Mlp(width, int(width * config.mlp_ratio), width)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.has_own_map = config.adaln == "block"
+        if self.has_own_map:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        else:
+            self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(self, x: Tensor, text: PackedText, modulation: Tensor) -> Tensor:
-        """modulation (B, 6, D): the shared map of the timestep; this block's table is added."""
-        chunks = (self.scale_shift_table + modulation).chunk(6, dim=1)
+        """modulation (B, 6, D): the shared map of the timestep, to which this block's table is
+        added; or (B, D), the embedded timestep, where the block has a map of its own."""
+        if self.has_own_map:
+            modulation = self.adaLN_modulation(modulation).view(len(x), 6, -1)
+        else:
+            modulation = self.scale_shift_table + modulation
+        chunks = modulation.chunk(6, dim=1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
         x = x + gate_a * self.attn(modulate_norm(x, shift_a, scale_a))  # (B, N, D)
         x = x + self.cross_attn(x, text)  # (B, N, D)
@@ -96,7 +105,8 @@ class PixArt(nn.Module):
         width = config.width
         self.x_embedder = PatchEmbed(config.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        if config.adaln == "single":
+            self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(config)
         self.positions = Positions(width, config.base_grid, config.position_scale)
         blocks = [PixArtBlock(config) for _ in range(config.depth)]
@@ -114,12 +124,14 @@ class PixArt(nn.Module):
         if self.config.size_condition:
             mlps += [self.csize_embedder.mlp, self.ar_embedder.mlp]
         normals = [linear_at(mlp, i) for mlp in mlps for i in (0, 2)]
-        normals += [linear_at(self.t_block, 1), self.y_embedder.y_proj.fc1]
-        for layer in (*normals, self.y_embedder.y_proj.fc2):
+        normals += [linear_at(self.t_block, 1)] if self.config.adaln == "single" else []
+        for layer in (*normals, self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2):
             # The published 0.02 is about 1/sqrt(fan-in) at XL's widths; narrow networks need that.
             fan_in = layer.in_features
             nn.init.normal_(layer.weight, std=0.02 if fan_in >= 1024 else fan_in**-0.5)
-        for layer in (*(block.cross_attn.proj for block in blocks), self.final_layer.linear):
+        zeros = [self.final_layer.linear, *(block.cross_attn.proj for block in blocks)]
+        zeros += [linear_at(b.adaLN_modulation, 1) for b in blocks if b.has_own_map]  # as DiT's
+        for layer in zeros:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -150,7 +162,9 @@ class PixArt(nn.Module):
                 )
             parts = [self.csize_embedder(sizes[:, :2]), self.ar_embedder(sizes[:, 2:])]
             embedded = embedded + torch.cat(parts, dim=1)
-        modulation = self.t_block(embedded).view(len(x), 6, -1)  # (B, 6, D)
+        modulation = embedded  # (B, D)
+        if self.config.adaln == "single":
+            modulation = self.t_block(embedded).view(len(x), 6, -1)  # (B, 6, D)
         packed = text if isinstance(text, PackedText) else pack_padded(text, mask)
         packed = packed._replace(tokens=self.y_embedder(packed.tokens))  # (T, D)
         x = run_blocks(

@@ -6,6 +6,8 @@ f_i, which is the shared map with the least squared error to the blocks' own at 
 "Without class" is the null class DiT learned for guidance, folded into the timestep embedding's
 bias, so PixArt starts as DiT's unconditional model: same modulation at t = 500, same output.
 
+Where a PixArt's blocks keep maps of their own (``adaln: block``), they are DiT's, at every t.
+
 What is new starts harmless: cross-attention and size embedders end in zeros. Positions are
 computed, not learned (``sincos_positions``), so another grid or scale loses nothing.
 """
@@ -41,7 +43,7 @@ class Report:
 
 def check_compatible(source: NetworkConfig, target: NetworkConfig) -> None:
     """Raise ConfigError unless a network of ``source`` can become one of ``target``."""
-    own = ["text_width"] if source.architecture == "pixart" else ["num_classes"]
+    own = ["text_width", "adaln"] if source.architecture == "pixart" else ["num_classes"]
     own += ["size_condition"] if source.size_condition else []  # it may be added, not taken away
     for name in (*_SHARED, *(own if source.architecture == target.architecture else ())):
         if getattr(source, name) != getattr(target, name):
@@ -72,20 +74,22 @@ def reparameterize(dit: DiT, target: NetworkConfig) -> tuple[PixArt, Report]:
     state = pixart.state_dict()
     null = dit.y_embedder(dit.null_label(1, torch.device("cpu")))[0]
     state["t_embedder.mlp.2.bias"].add_(null)
+    embedded = pixart.t_embedder(torch.tensor([MATCH_TIMESTEP]))  # (1, D)
+    final = dit.final_layer.adaLN_modulation(embedded).view(2, -1)
+    state["final_layer.scale_shift_table"].copy_(final - embedded)
+    derived = {"t_embedder.mlp.2.bias", "final_layer.scale_shift_table"}
+    if target.adaln == "block":
+        return pixart, _report(dit, pixart, derived)
     modulations = [b.adaLN_modulation for b in dit.blocks if isinstance(b, DiTBlock)]
     maps = [linear_at(modulation, 1) for modulation in modulations]
     state["t_block.1.weight"].copy_(torch.stack([m.weight for m in maps]).mean(0))
     state["t_block.1.bias"].copy_(torch.stack([m.bias for m in maps]).mean(0))
-
-    embedded = pixart.t_embedder(torch.tensor([MATCH_TIMESTEP]))  # (1, D)
     shared = pixart.t_block(embedded).view(6, -1)
     for i, modulation in enumerate(modulations):
         own = modulation(embedded).view(6, -1)
         state[f"blocks.{i}.scale_shift_table"].copy_(own - shared)
-    final = dit.final_layer.adaLN_modulation(embedded).view(2, -1)
-    state["final_layer.scale_shift_table"].copy_(final - embedded)
-    derived = {n for n in state if "scale_shift_table" in n or n.startswith("t_block.")}
-    return pixart, _report(dit, pixart, derived | {"t_embedder.mlp.2.bias"})
+    derived |= {n for n in state if "scale_shift_table" in n or n.startswith("t_block.")}
+    return pixart, _report(dit, pixart, derived)
 
 
 def _begin(network: PixArt | DiT, target: NetworkConfig) -> PixArt:
