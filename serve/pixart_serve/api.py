@@ -118,8 +118,9 @@ class _Generator:
         leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
         try:
             await asyncio.wait(
-                {drawing, leaving}, timeout=order.max_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
+                {drawing, leaving}, timeout=order.patience_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )  # fmt: skip
             if leaving.done() and not drawing.done():
                 raise ApiError(499, "the client went away")
             with translated():
@@ -139,7 +140,7 @@ class _Generator:
 
         return EventStream(
             submit, order.event, _explain,
-            max_seconds=order.max_seconds, heartbeat_seconds=self._settings.heartbeat_seconds,
+            max_seconds=order.patience_seconds, heartbeat_seconds=self._settings.heartbeat_seconds,
         )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ class GenerationRequest(BaseModel):
     """Guide at timesteps from low to high alone: [0, 1000] is always, 0 is clean, 1000 noise."""
     max_wait_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """What this may take until it is drawn, if less than the service's own limit: refused at once
-    with a time to come back when it would take longer, given up when it does."""
+    with a time to come back when it would take longer, given up when it takes 5 % more."""
 
     @field_validator("guidance_interval")
     @classmethod

@@ -41,6 +41,7 @@ from pixart_serve.settings import ServeSettings
 _LOG = logging.getLogger(__name__)
 _EFFORT = {"low": 0.5, "high": 2.0, "hd": 2.0, "xhigh": 3.0, "max": 4.0}
 _REPORTED = {"low": "low", "high": "high", "hd": "high", "xhigh": "xhigh", "max": "max"}
+_PATIENCE = 1.05  # of what was promised: what is late by less is nearly drawn, and sent
 _STARTING_SECONDS = 2  # when to ask again while no version is live
 
 
@@ -55,6 +56,11 @@ class Order:
     max_seconds: float
     filters: Filters = field(repr=False)
     observer: Observer = field(default=NOBODY, repr=False)
+
+    @property
+    def patience_seconds(self) -> float:
+        """When it is given up: a little after ``max_seconds``, which the engine promises by."""
+        return _PATIENCE * self.max_seconds
 
     @property
     def about(self) -> dict[str, Any]:
