@@ -37,9 +37,13 @@ def _base() -> Drawer:
 
 
 def build_drawer(seed: int = 0, preset: str = "digits-mini") -> Drawer:
-    """A drawer with seeded random weights, the zero-initialised ones included."""
-    base = _base()
-    config = replace(base.config, network=get_preset(preset))
+    """A drawer with seeded random weights, the zero-initialised ones included. Of a published
+    preset it has the depth, width and heads."""
+    base, shape = _base(), get_preset(preset)
+    kept = {name: getattr(shape, name) for name in ("depth", "width", "heads")}
+    if "digits" not in preset:
+        shape = replace(get_preset("digits"), **kept)
+    config = replace(base.config, network=shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = PixArt(config.network)
