@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -64,11 +66,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    made = Stack(tmp_path_factory.mktemp("stack") / "run")
-    yield made
-    if made.process.poll() is None:
-        made.process.send_signal(signal.SIGTERM)
-        made.process.wait(60)
+    """Beside another Ray: the ports that each would choose by itself are taken."""
+    with ExitStack() as others:
+        for port in (10001, 52365):
+            with suppress(OSError):  # then it is taken indeed
+                others.enter_context(socket.create_server(("127.0.0.1", port)))
+        made = Stack(tmp_path_factory.mktemp("stack") / "run")
+        yield made
+        if made.process.poll() is None:
+            made.process.send_signal(signal.SIGTERM)
+            made.process.wait(60)
 
 
 def listens(stack: Stack, port: int) -> set[str]:

@@ -87,6 +87,8 @@ def test_flops_of_a_part_of_a_stage_add_up() -> None:
      ({"seeds": [1, 1]}, RecipeError, "twice"),
      ({"target": {"digit_acuracy": 0.9}}, RecipeError, "did you mean 'digit_accuracy'"),
      ({"set": {"evaluate.suites": ["fidelity"]}}, StudyError, "judges pictures one by one"),
+     ({"target": {"fid": 9}}, StudyError, "target = fid: is nothing that the suite digits judges"),
+     ({"target": {"five_overall": 0.5}}, StudyError, "target = five_overall"),
      ({"tflops": 0}, RecipeError, "tflops = 0")],
 )  # fmt: skip
 def test_what_cannot_be_studied_is_told_at_once(
@@ -97,7 +99,7 @@ def test_what_cannot_be_studied_is_told_at_once(
 
 
 def test_an_unknown_study_is_told_which_there_are() -> None:
-    with pytest.raises(StudyError, match=r"no-such.*decomposition"):
+    with pytest.raises(RecipeError, match=r"no-such.*decomposition"):
         read_study("no-such", read_recipe)
 
 

@@ -7,8 +7,7 @@ from tempfile import NamedTemporaryFile
 
 from pixart_cluster.submit import GIVEN, GIVEN_VARIABLE
 from pixart_jobs.recipe import RECIPES, Recipe
-from pixart_platform.errors import RecipeError
-from pixart_platform.recipe import load_recipe
+from pixart_platform.recipe import find_file, load_recipe
 from pixart_serve.settings import ServeSettings
 
 
@@ -25,12 +24,4 @@ def read_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> FullRecipe:
             file.write(os.environ.get(GIVEN_VARIABLE, ""))
             file.flush()
             return load_recipe(Path(file.name), FullRecipe, overrides)
-    path = Path(name_or_path)
-    if not path.suffix:
-        path = RECIPES / f"{name_or_path}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-            raise RecipeError(
-                f"recipe {name_or_path!r} is not built in (there is: {known}); give a .yaml file"
-            )
-    return load_recipe(path, FullRecipe, overrides)
+    return load_recipe(find_file(name_or_path, RECIPES, "recipe"), FullRecipe, overrides)

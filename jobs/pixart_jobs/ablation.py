@@ -25,7 +25,7 @@ from pixart_jobs.caption import measure_density
 from pixart_jobs.evaluate import open_suite
 from pixart_jobs.pipeline import Pipeline, Result, StageResult
 from pixart_jobs.planner import change, stage_flops
-from pixart_jobs.recipe import Metric, Recipe
+from pixart_jobs.recipe import DIGITS_METRICS, NOT_BY_PROMPT, Metric, Recipe
 from pixart_jobs.stage import StagePlan, average_of
 from pixart_jobs.suites import Outcomes, Suite
 from pixart_jobs.workspace import Monitor, Workspace
@@ -36,7 +36,7 @@ from pixart_models.pixart import PixArt
 from pixart_models.text import load_text_encoder
 from pixart_platform.engine import choose_accelerator
 from pixart_platform.errors import PixartError, RecipeError
-from pixart_platform.recipe import Section, digest_of, load_recipe
+from pixart_platform.recipe import Section, digest_of, find_file, load_recipe
 from pixart_platform.seeds import derive_seed
 from pixart_platform.storage import open_folder, write_atomic
 from pixart_platform.tracking import Tracker
@@ -143,14 +143,7 @@ class Outcome:
 
 def read_study(name_or_path: str, read: ReadRecipe) -> tuple[Study, list[Run]]:
     """A built-in study or a file's, and all its runs. Raises RecipeError, StudyError."""
-    path = Path(name_or_path)
-    if not path.suffix:
-        path = STUDIES / f"{name_or_path}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
-            raise StudyError(
-                f"study {name_or_path!r} is not built in (there is: {known}); give a .yaml file"
-            )
+    path = find_file(name_or_path, STUDIES, "study")
     study = load_recipe(path, Study)
     base = str(path.parent / study.recipe) if Path(study.recipe).suffix else study.recipe
     return study, [_make_run(study, v, s, base, read) for s in study.seeds for v in study.variants]
@@ -167,6 +160,12 @@ def _make_run(study: Study, variant: str, seed: int, base: str, read: ReadRecipe
         raise StudyError(
             f"variant {variant}: evaluate.suites = {list(recipe.suites)}: a study needs one that "
             f"judges pictures one by one; write digits, or prompts:FILE"
+        )
+    judged = suites[0] == "digits"
+    if wrong := [m for m in study.target if (m in DIGITS_METRICS) != judged or m in NOT_BY_PROMPT]:
+        raise StudyError(
+            f"variant {variant}: target = {', '.join(wrong)}: is nothing that the suite "
+            f"{suites[0]} judges of each picture; digits has {', '.join(DIGITS_METRICS)}"
         )
     if not any(stage.condition_on == "text" for stage in recipe.stages.values()):
         raise StudyError(f"variant {variant}: no stage learns from captions; there is none to ask")

@@ -181,10 +181,9 @@ class DrawSettings(Section):
     guidance: float = Field(2.5, ge=1, le=20)
 
 
-_METRICS = (
-    "digit_accuracy", "color_accuracy", "relation_accuracy", "count_accuracy", "reader_accuracy",
-    "fid", "kid", "precision", "recall", "clip_score",
-)  # fmt: skip
+DIGITS_METRICS = ("digit_accuracy", "color_accuracy", "relation_accuracy", "count_accuracy")
+NOT_BY_PROMPT = ("reader_accuracy", "fid", "kid", "precision", "recall", "clip_score")
+_METRICS = DIGITS_METRICS + NOT_BY_PROMPT
 _FILE_METRIC = re.compile(r"[a-z0-9-]+_[A-Za-z0-9_-]+")
 
 

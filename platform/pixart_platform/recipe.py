@@ -61,6 +61,20 @@ NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def find_file(name_or_path: str, built_in: Path, what: str) -> Path:
+    """A .yaml file as it is given, or one of ``built_in`` by name. Raises RecipeError."""
+    path = Path(name_or_path)
+    if path.suffix:
+        return path
+    path = built_in / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in built_in.glob("*.yaml")))
+        raise RecipeError(
+            f"{what} {name_or_path!r} is not built in (there is: {known}); give a .yaml file"
+        )
+    return path
+
+
 def load_recipe(path: Path, schema: type[Model], overrides: Iterable[str] = ()) -> Model:
     """Read ``path``, apply ``a.b.c=value`` overrides, validate. Raises RecipeError."""
     try:
