@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_jobs.scenes import SCENE_SIZE, Split, compose_scene, is_held_out, sample_reading
+from pixart_jobs.scenes import (
+    SCENE_SIZE,
+    Split,
+    compose_scene,
+    is_held_out,
+    is_unseen_pair,
+    is_unseen_relation,
+    sample_reading,
+)
 from pixart_models.digits import COLORS, RELATIONS, Reading
 
 COUNT = 300
@@ -36,13 +44,31 @@ def test_training_never_shows_a_held_out_prompt_and_evaluation_only_those() -> N
     assert all(map(is_held_out, test))
 
 
-def test_one_prompt_in_ten_is_held_out() -> None:
-    every = [
-        Reading((a, b), (x, y), relation)
-        for a in range(10) for b in range(10) for x in COLORS for y in COLORS
-        for relation in RELATIONS
-    ]  # fmt: skip
-    assert 0.08 < sum(map(is_held_out, every)) / len(every) < 0.12
+EVERY = [
+    Reading((a, b), (x, y), relation)
+    for a in range(10) for b in range(10) for x in COLORS for y in COLORS
+    for relation in RELATIONS
+]  # fmt: skip
+
+
+def test_some_pairs_and_relations_are_never_seen_and_one_in_ten_other_prompts() -> None:
+    seen = [r for r in EVERY if not any(map(is_unseen_pair, r.digits, r.colors))]
+    assert len(seen) / len(EVERY) == pytest.approx((6 / 7) ** 2)
+    others = [r for r in seen if not is_unseen_relation(r)]
+    assert len(others) / len(seen) == pytest.approx(0.9, abs=0.02)
+    assert 0.08 < sum(map(is_held_out, others)) / len(others) < 0.12
+    assert all(map(is_held_out, set(EVERY) - set(others)))
+
+
+def test_every_digit_color_and_place_is_learned_apart() -> None:
+    """What is put together anew was seen in other company: each digit but in one colour."""
+    train = [r for r in EVERY if not is_held_out(r)]
+    pairs = {pair for r in train for pair in zip(r.digits, r.colors, strict=True)}
+    assert len(pairs) == 60
+    for place in (0, 1):
+        assert {(r.digits[place], r.relation) for r in train} == {
+            (digit, relation) for digit in range(10) for relation in RELATIONS
+        }
 
 
 @pytest.mark.parametrize("held_out", [True, False])

@@ -44,6 +44,7 @@ from pixart_platform.tracking import Tracker
 STUDIES = Path(__file__).parent / "studies"
 _LOG = "run.log"
 _RETRIES = 3  # of a run whose node is lost; it goes on from its newest state
+_Compute = Annotated[float, Field(gt=0)]
 ReadRecipe = Callable[[str, Sequence[str]], Recipe]
 """A recipe by name or path, with overrides ``path=value``."""
 
@@ -69,9 +70,10 @@ class Study(Section):
     """The variant that the others are held against; left out, the first."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0, 1, 2), min_length=1)
     """Of data, weights and order alike."""
-    tflops: float | None = Field(None, gt=0)
+    tflops: _Compute | dict[str, _Compute] | None = None
     """Training of each run, in units of 10^12: all its stages are made longer or shorter by one
-    factor to come to it. Left out, as long as the recipe says."""
+    factor to come to it. One for all, or by variant where one is sought that takes many times
+    another's; of a variant that is left out, as long as its recipe says."""
     points: int = Field(8, ge=2, le=1000)
     """How often quality is measured along a run, about; states of as many are kept."""
     target: dict[Metric, float] = Field(min_length=1)
@@ -85,7 +87,16 @@ class Study(Section):
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)}: one is there twice")
+        unknown = set(self.tflops if isinstance(self.tflops, dict) else ()) - set(self.variants)
+        if unknown:
+            raise ValueError(
+                f"tflops of {', '.join(sorted(unknown))}: is no variant; there are "
+                f"{', '.join(self.variants)}"
+            )
         return self
+
+    def tflops_of(self, variant: str) -> float | None:
+        return self.tflops.get(variant) if isinstance(self.tflops, dict) else self.tflops
 
     @property
     def reference(self) -> str:
@@ -169,8 +180,8 @@ def _make_run(study: Study, variant: str, seed: int, base: str, read: ReadRecipe
         )
     if not any(stage.condition_on == "text" for stage in recipe.stages.values()):
         raise StudyError(f"variant {variant}: no stage learns from captions; there is none to ask")
-    if study.tflops:
-        share = study.tflops * 1e12 / sum(stage_flops(recipe, name) for name in recipe.stages)
+    if tflops := study.tflops_of(variant):
+        share = tflops * 1e12 / sum(stage_flops(recipe, name) for name in recipe.stages)
         lengths = dict[str, int]()
         for name, stage in recipe.stages.items():
             steps = max(1, round(stage.images * share / stage.batch_images))

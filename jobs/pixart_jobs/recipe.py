@@ -181,7 +181,10 @@ class DrawSettings(Section):
     guidance: float = Field(2.5, ge=1, le=20)
 
 
-DIGITS_METRICS = ("digit_accuracy", "color_accuracy", "relation_accuracy", "count_accuracy")
+DIGITS_METRICS = (
+    "digit_accuracy", "color_accuracy", "relation_accuracy", "count_accuracy",
+    "seen_pair_accuracy", "unseen_pair_accuracy",
+)  # fmt: skip
 NOT_BY_PROMPT = ("reader_accuracy", "fid", "kid", "precision", "recall", "clip_score")
 _METRICS = DIGITS_METRICS + NOT_BY_PROMPT
 _FILE_METRIC = re.compile(r"[a-z0-9-]+_[A-Za-z0-9_-]+")

@@ -6,8 +6,10 @@ scene carries what the web would give (a poor raw caption), and its truth, which
 evaluation and the accuracy report may read. A scene is a pure function of (split, seed, index),
 so any partition can be composed anywhere, in any order.
 
-Scans are split by index into disjoint train and test sets, and one prompt in ten (by hash) is held
-out: no training scene shows it, and evaluation draws only those.
+Scans are split by index into disjoint train and test sets, and prompts into two: training shows no
+digit in the one colour that ``is_unseen_pair`` names, no two digits in a relation that
+``is_unseen_relation`` names, and of the other prompts all but one in ten (by hash). Evaluation
+draws only prompts that are held out, so it tells what was learned from what was repeated.
 """
 
 import hashlib
@@ -65,16 +67,33 @@ def _scans_by_digit(split: Split) -> tuple[NDArray[np.float32], ...]:
     return tuple(scans[labels == digit] for digit in range(10))
 
 
+def is_unseen_pair(digit: int, color: str) -> bool:
+    """Whether training never shows this digit in this colour: one colour in seven of each digit."""
+    return list(COLORS).index(color) == (3 * digit + 1) % len(COLORS)
+
+
+def is_unseen_relation(reading: Reading) -> bool:
+    """Whether training never shows these two digits so related: one in ten of such triples."""
+    if reading.relation is None:
+        return False
+    first, second = reading.digits
+    return (first + 2 * second + 5 * RELATIONS.index(reading.relation)) % 10 == 0
+
+
 def is_held_out(reading: Reading) -> bool:
-    """Whether this prompt belongs to evaluation: one in ten, by a hash of its words."""
-    return hashlib.sha256(describe(reading).encode()).digest()[0] % 10 == 0
+    """Whether this prompt belongs to evaluation."""
+    return (
+        any(map(is_unseen_pair, reading.digits, reading.colors))
+        or is_unseen_relation(reading)
+        or hashlib.sha256(describe(reading).encode()).digest()[0] % 10 == 0
+    )
 
 
 def sample_reading(rng: np.random.Generator, *, held_out: bool) -> Reading:
     """A random scene description from the training prompts, or from the held-out ones."""
+    pair = rng.random() < PAIR_SHARE
+    count = 2 if pair else 1
     while True:
-        pair = rng.random() < PAIR_SHARE
-        count = 2 if pair else 1
         reading = Reading(
             digits=tuple(int(d) for d in rng.integers(0, 10, count)),
             colors=tuple(str(c) for c in rng.choice(list(COLORS), count)),

@@ -27,7 +27,7 @@ from PIL import Image
 from pixart_jobs import geneval
 from pixart_jobs.certainty import Figure, measure
 from pixart_jobs.recipe import Recipe
-from pixart_jobs.scenes import compose, sample_reading
+from pixart_jobs.scenes import compose, is_unseen_pair, sample_reading
 from pixart_models.digits import Reading, UnreadableImage, describe, evaluation_reader
 from pixart_platform.partitions import Progress, Sink, run_partitions
 from pixart_platform.storage import Folder
@@ -169,21 +169,28 @@ def held_out_prompts(count: int, seed: int) -> list[Reading]:
 
 
 def judge_reading(want: Reading, got: Reading | None) -> dict[str, list[float]]:
-    """Digits and colours drawn right, in their places, the relation, and the number of digits.
+    """Digits and colours drawn right, in their places, the relation, and the number of digits;
+    and both, digit and colour, of pairs that training showed and of those that it never did.
 
     A picture that cannot be read, or shows another number of digits, is wrong in all.
     """
-    counted = got is not None and len(got.digits) == len(want.digits)
-    digits = colors = related = 0
+    count = len(want.digits)
+    counted = got is not None and len(got.digits) == count
+    digits, colors, related = [False] * count, [False] * count, False
     if got is not None and counted:
-        digits = sum(a == b for a, b in zip(want.digits, got.digits, strict=True))
-        colors = sum(a == b for a, b in zip(want.colors, got.colors, strict=True))
-        related = int(want.relation is not None and want.relation == got.relation)
+        digits = [a == b for a, b in zip(want.digits, got.digits, strict=True)]
+        colors = [a == b for a, b in zip(want.colors, got.colors, strict=True)]
+        related = want.relation is not None and want.relation == got.relation
+    both = [d and c for d, c in zip(digits, colors, strict=True)]
+    unseen = list(map(is_unseen_pair, want.digits, want.colors))
+    right_unseen, num_unseen = sum(map(min, both, unseen)), sum(unseen)
     return {
-        "digit_accuracy": [digits, len(want.digits)],
-        "color_accuracy": [colors, len(want.digits)],
-        "relation_accuracy": [related, int(want.relation is not None)],
+        "digit_accuracy": [sum(digits), count],
+        "color_accuracy": [sum(colors), count],
+        "relation_accuracy": [int(related), int(want.relation is not None)],
         "count_accuracy": [int(counted), 1],
+        "seen_pair_accuracy": [sum(both) - right_unseen, count - num_unseen],
+        "unseen_pair_accuracy": [right_unseen, num_unseen],
     }
 
 
@@ -219,7 +226,7 @@ class DigitsSuite(_NoReferences):
     num_prompts: int
     seed: int
     name = "digits"
-    revision = 2
+    revision = 3  # 2 had no pairs that training never shows
     copies = 1
 
     @property

@@ -80,7 +80,7 @@ class NetworkConfig:
 
 _XL_2 = NetworkConfig()
 _DEMO = NetworkConfig(
-    depth=6, width=192, heads=6, latent_channels=8, predict_variance=False, sample_size=8,
+    depth=3, width=192, heads=6, latent_channels=8, predict_variance=False, sample_size=8,
     text_width=64, max_tokens=48, num_classes=10,
 )  # fmt: skip
 

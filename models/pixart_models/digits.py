@@ -211,8 +211,9 @@ class DigitReader:
         ]
 
 
+@cache
 def evaluation_reader() -> DigitReader:
-    """The one that judges: fitted on test scans, which nothing else has seen."""
+    """The one that judges: fitted on test scans, which nothing else has seen; once a process."""
     return DigitReader("test", bends=3)
 
 

@@ -1,21 +1,27 @@
-"""The paper's claims in miniature: the built-in studies, each with its interval over seeds.
+"""The paper's claims in miniature: the built-in studies and the outside peers, over seeds.
 
-    .venv/bin/python tests/benchmarks/bench_proof.py [--studies captions,transformer]
-        [--share 0.5] [--seeds 3] [--root FOLDER] [--record]
+    .venv/bin/python tests/benchmarks/bench_proof.py [--studies recipe,captions] [--peers diffusers]
+        [--share 0.5] [--seeds 3] [--parallel 2] [--root FOLDER] [--record]
 
 Runs ``pixart ablate`` on each study, every variant with every seed at ``--share`` of the study's
 compute, and writes down what it found: quality at the end, compute to each target and its ratio to
-the baseline's. There is no bar: what does not hold at this scale is a result as well. With --root
-it goes on with what is there. On 2 cores a run of the whole compute takes about 8 minutes; a study
-has two or three variants.
+the baseline's. There is no bar but one: the default recipe of the study ``recipe`` must reach its
+targets in a tenth of the compute of the paper's and of diffusers' loop. What does not hold at this
+scale is a result as well. Peers (proof_peers.py) are held against the default recipe's runs in the
+study ``recipe``, which must be there. With --root it goes on with what is there.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +31,36 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from recording import record
 
 from pixart_cluster.recipe import read_recipe
-from pixart_jobs.ablation import STUDIES, read_study
+from pixart_jobs.ablation import STUDIES, Outcome, Point, Study, read_study
 from pixart_jobs.planner import stage_flops
+from pixart_jobs.study_report import as_document, summarize
+
+OURS = "default"
+PEER_TFLOPS = 45  # ten times what ours takes to its targets, and more
+PEER_POINTS = 15
+Figures = dict[str, Any]
 
 
 def shorten(name: str, share: float, seeds: int, folder: Path) -> Path:
     """The study with a share of its compute, as a file."""
-    study, runs = read_study(name, read_recipe)
-    recipe = runs[0].recipe
-    whole = study.tflops or sum(stage_flops(recipe, s) for s in recipe.stages) / 1e12
+    _, runs = read_study(name, read_recipe)
+    whole = {
+        run.variant: sum(stage_flops(run.recipe, s) for s in run.recipe.stages) / 1e12
+        for run in runs
+    }
     document = yaml.safe_load((STUDIES / f"{name}.yaml").read_text())
     path = folder / f"{name}.yaml"
-    changes = {"tflops": whole * share, "seeds": list(range(seeds))}
+    changes: Figures = {"seeds": list(range(seeds))}
+    if share != 1:
+        changes["tflops"] = {v: tflops * share for v, tflops in whole.items()}
     path.write_text(yaml.safe_dump(document | changes))
     return path
 
 
-def tell(found: dict[str, Any]) -> dict[str, Any]:
-    """A study's figures by variant."""
-    return {
+def tell(found: Figures) -> Figures:
+    """A study's figures by variant, and its curves by run: TFLOPs and the first target's metric."""
+    target = next(iter(found["study"]["target"]))
+    figures: Figures = {
         row["variant"]: {
             "parameters": row["parameters"], "tflops": row["flops"] / 1e12,
             "seconds": row["seconds"], "captions": row["facts"], "at the end": row["final"],
@@ -52,29 +69,101 @@ def tell(found: dict[str, Any]) -> dict[str, Any]:
         }
         for row in found["rows"]
     }  # fmt: skip
+    for run in found["runs"]:
+        curve = [[round(p["flops"] / 1e12, 3), round(p[target], 3)] for p in run["points"]]
+        figures[run["variant"]].setdefault(f"curves of {target}", []).append(curve)
+    return figures
+
+
+def run_peer(name: str, seed: int, root: Path) -> Outcome:
+    """A peer's training in a process of its own, or what it said earlier."""
+    path = root / f"{name}-{seed}.jsonl"
+    if not path.exists():
+        script = str(Path(__file__).with_name("proof_peers.py"))
+        command = [
+            sys.executable, "-W", "ignore", script, name, "--seed", str(seed),
+            "--tflops", str(PEER_TFLOPS), "--points", str(PEER_POINTS),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, check=True, text=True, stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        path.write_text(done.stdout)
+    return peer_outcome(name, seed, [json.loads(line) for line in path.read_text().splitlines()])
+
+
+def peer_outcome(name: str, seed: int, lines: list[Figures]) -> Outcome:
+    points = [
+        Point("all", line["images"], line["tflops"] * 1e12, line["seconds"],
+              {m: [[value, 1]] for m, value in line.items() if m.endswith("_accuracy")})
+        for line in lines
+    ]  # fmt: skip
+    last = points[-1]
+    return Outcome(name, seed, lines[-1]["parameters"], last.flops, last.seconds, {}, points)
+
+
+def our_outcomes(told: Figures) -> Iterator[Outcome]:
+    """The default recipe's runs, as the study ``recipe`` has told them."""
+    for run in told["runs"]:
+        if run["variant"] == OURS:
+            points = [
+                Point(p["stage"], p["images"], p["flops"], p["seconds"],
+                      {m: [[value, 1]] for m, value in p.items() if m.endswith("_accuracy")})
+                for p in run["points"]
+            ]  # fmt: skip
+            yield replace(Outcome.load(run | {"points": []}), points=points, facts={})
+
+
+def compare_peers(names: list[str], seeds: int, parallel: int, root: Path) -> Figures:
+    """Each peer as the baseline of ours."""
+    told = json.loads((root / "recipe" / "study.json").read_text())
+    ours = list(our_outcomes(told))[:seeds]
+    folder, figures = root / "peers", Figures()
+    folder.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(parallel) as pool:
+        asked = {(n, s): pool.submit(run_peer, n, s, folder)
+                 for n, s in product(names, range(seeds))}  # fmt: skip
+        for name in names:
+            study = Study(
+                name="peers", recipe="digits", variants={name: {}, OURS: {}},
+                seeds=tuple(range(seeds)), target=told["study"]["target"],
+            )  # fmt: skip
+            both = [*(asked[name, s].result() for s in range(seeds)), *ours]
+            rows = summarize(study, both)
+            figures[f"ours against {name}"] = tell(as_document(study, rows, both))
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--studies", default=",".join(sorted(p.stem for p in STUDIES.glob("*"))))
+    parser.add_argument("--peers", default="diffusers,diffusers-tuned,unet")
     parser.add_argument("--share", type=float, default=1.0, help="of the studies' compute")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     parser.add_argument("--root", type=Path, help="goes on with what is there")
     parser.add_argument("--record", action="store_true")
     told = parser.parse_args()
+
+    def keep(name: str, began: float, figures: Figures) -> None:
+        figures = {"minutes": round((time.monotonic() - began) / 60, 1)} | figures
+        print(json.dumps({name: figures}, indent=1), flush=True)
+        if told.record:
+            record(f"proof_{name}", figures, ["torch", "diffusers", "scipy"],
+                   share=told.share, seeds=told.seeds, at_a_time=told.parallel)  # fmt: skip
+
     with tempfile.TemporaryDirectory(prefix="pixart-proof-") as made:
         root = (told.root or Path(made)).absolute()
-        for name in told.studies.split(","):
-            root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
+        for name in filter(None, told.studies.split(",")):
             path, began = shorten(name, told.share, told.seeds, root), time.monotonic()
             pixart = Path(sys.executable).parent / "pixart"
-            subprocess.run([pixart, "ablate", path, "--root", root / name], check=True)
-            figures = tell(json.loads((root / name / "study.json").read_text()))
-            took = {"minutes": round((time.monotonic() - began) / 60, 1)}
-            print(json.dumps({name: took | figures}, indent=1), flush=True)
-            if told.record:
-                record(f"proof_{name}", took | figures, ["torch", "scipy"],
-                       share=told.share, seeds=told.seeds)  # fmt: skip
+            command = [pixart, "ablate", path, "--root", root / name]
+            subprocess.run([*command, "--parallel", str(told.parallel)], check=True)
+            keep(name, began, tell(json.loads((root / name / "study.json").read_text())))
+        if names := [name for name in told.peers.split(",") if name]:
+            began = time.monotonic()
+            keep("peers", began, compare_peers(names, told.seeds, told.parallel, root))
 
 
 if __name__ == "__main__":
