@@ -69,6 +69,15 @@ def test_all_variants_come_to_the_same_compute(tmp_path: Path, tflops: float) ->
         assert abs(flops - tflops * 1e12) <= batch, one.name
 
 
+def test_a_variant_may_have_a_compute_of_its_own(tmp_path: Path) -> None:
+    _, runs = read_study(str(write_study(tmp_path, tflops={"paper": 3.0})), read_recipe)
+    lengths = {r.variant: [s.images for s in r.recipe.stages.values()] for r in runs}
+    assert lengths["flow"] == [s.images for s in read_recipe(str(MINI)).stages.values()]
+    paper = next(r.recipe for r in runs if r.variant == "paper")
+    flops = sum(stage_flops(paper, name) for name in paper.stages)
+    assert flops == pytest.approx(3e12, rel=0.01)
+
+
 def test_flops_of_a_part_of_a_stage_add_up() -> None:
     drop = {"mode": "mask", "share": 0.5, "start": 1, "finish_share": 0.25}
     recipe = read_recipe(str(MINI), ["train.network=digits",
@@ -89,7 +98,8 @@ def test_flops_of_a_part_of_a_stage_add_up() -> None:
      ({"set": {"evaluate.suites": ["fidelity"]}}, StudyError, "judges pictures one by one"),
      ({"target": {"fid": 9}}, StudyError, "target = fid: is nothing that the suite digits judges"),
      ({"target": {"five_overall": 0.5}}, StudyError, "target = five_overall"),
-     ({"tflops": 0}, RecipeError, "tflops = 0")],
+     ({"tflops": {"papper": 1}}, RecipeError, "tflops of papper: is no variant"),
+     ({"tflops": 0}, RecipeError, "tflops.*0")],
 )  # fmt: skip
 def test_what_cannot_be_studied_is_told_at_once(
     tmp_path: Path, changes: dict[str, Any], kind: type[Exception], told: str

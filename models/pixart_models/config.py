@@ -80,7 +80,7 @@ class NetworkConfig:
 
 _XL_2 = NetworkConfig()
 _DEMO = NetworkConfig(
-    depth=3, width=192, heads=6, latent_channels=8, predict_variance=False, sample_size=8,
+    depth=6, width=192, heads=6, latent_channels=8, predict_variance=False, sample_size=8,
     text_width=64, max_tokens=48, num_classes=10,
 )  # fmt: skip
 
@@ -102,6 +102,7 @@ PRESETS: dict[str, NetworkConfig] = {
     "dit-b-2-256": replace(_XL_2, architecture="dit", depth=12, width=768, heads=12),
     "dit-l-2-256": replace(_XL_2, architecture="dit", depth=24, width=1024, heads=16),
     "digits": _DEMO,
+    "digits-shallow": replace(_DEMO, depth=3),  # as good at half the compute (jobs/LOG.md)
     "digits-mini": replace(_DEMO, depth=2, width=48, heads=4),
 }
 
