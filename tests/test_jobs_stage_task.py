@@ -190,6 +190,7 @@ FIRST_RELEASE = (
     "train.network=digits", "train.flow_location=0.6", "train.qk_norm=false",
     "stages.pixels.images=12800", "stages.pixels.batch_images=64",
     "stages.pixels.ema_half_life_images=2000", "stages.pixels.optimizer.learning_rate=0.004",
+    "stages.pixels.optimizer.warmup_images=2560", "stages.pixels.optimizer.decay_share=0.3",
 )  # fmt: skip
 
 

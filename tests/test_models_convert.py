@@ -550,6 +550,10 @@ def test_a_dit_whose_blocks_disagree_about_the_timestep_is_no_dit_of_ours(tmp_pa
         (replace(TINY, qk_norm=True), "PixArtTransformer2DModel cannot express qk_norm = True"),
         (replace(TINY, adaln="block"), "PixArtTransformer2DModel cannot express adaln = 'block'"),
         (
+            replace(TINY, text_in="context"),
+            "PixArtTransformer2DModel cannot express text_in = 'con",
+        ),
+        (
             replace(DIT, position_scale=2.0, mlp_ratio=3.0),
             "DiTTransformer2DModel cannot express mlp_ratio = 3.0, position_scale = 2.0",
         ),

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[NetworkConfig, int, int, TokenDrop | None]] = {
     "sized": (replace(MEDIUM, size_condition=True, predict_variance=False), 16, 16, None),
     "normed": (replace(MEDIUM, qk_norm=True), 16, 16, None),
     "adaln by block": (replace(MEDIUM, adaln="block"), 16, 16, None),
+    "text in context": (replace(MEDIUM, text_in="context"), 16, 16, None),
     "masked": (MEDIUM, 32, 32, MASK),
     "routed": (MEDIUM, 32, 32, ROUTE),
     "dit": (replace(MEDIUM, architecture="dit"), 16, 16, None),
@@ -71,7 +72,9 @@ def build(case: str, *, differentiable: bool = False) -> tuple[PixArt | DiT, Cal
         options["sizes"] = torch.rand(batch, 3, requires_grad=differentiable)
     condition: Any = torch.arange(batch)
     if config.architecture == "pixart":
-        texts = [torch.randn(n, config.text_width) for n in LENGTHS]
+        padded = config.text_in == "context"  # then more is computed than the formula's mean
+        lengths = [int(TEXT)] * batch if padded else LENGTHS
+        texts = [torch.randn(n, config.text_width) for n in lengths]
         condition = pack_text([text.requires_grad_(differentiable) for text in texts])
     return network, partial(network, latents, times, condition, **options)
 

@@ -22,6 +22,7 @@ from pixart_models.layers import (
 )
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import build_network
+from pixart_models.token_drop import TokenDrop
 
 WIDTH, HEADS, TEXT_WIDTH = 24, 2, 10
 TINY = NetworkConfig(depth=2, width=WIDTH, heads=HEADS, sample_size=8, text_width=TEXT_WIDTH)
@@ -332,6 +333,28 @@ def test_normalised_queries_and_keys_bound_the_attention_logits() -> None:
         small = network(*inputs)
     assert small.abs().mean() > 0.1
     torch.testing.assert_close(large, small, rtol=1e-3, atol=1e-3)
+
+
+def test_text_in_context_reaches_the_image_and_padding_does_not() -> None:
+    torch.manual_seed(0)
+    network = PixArt(replace(TINY, text_in="context"))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert not any("cross_attn" in name for name in network.state_dict())
+    latents, timesteps = draw(3, 4, 8, 12), torch.tensor([1.0, 400.5, 999.0])
+    texts = [draw(n, TEXT_WIDTH, seed=n) for n in (2, 9, 5)]
+    with torch.inference_mode():
+        together = network(latents, timesteps, pack_text(texts))
+        for i, text in enumerate(texts):
+            alone = network(latents[i, None], timesteps[i, None], text[None])
+            torch.testing.assert_close(together[i, None], alone, rtol=1e-5, atol=1e-5)
+        others = network(latents, timesteps, pack_text(texts[::-1]))
+    assert together.shape == (*latents.shape[:1], 8, 8, 12)
+    assert not torch.allclose(together[0], others[0], atol=1e-2)
+    torch.testing.assert_close(together[1], others[1])
+    route = TokenDrop("mask", share=0.5, start=1, end=0, depth=2).choose(draw(3, 24))
+    with pytest.raises(ModelInputError, match="token_drop with text_in = context"):
+        network(latents, timesteps, pack_text(texts), route=route)
 
 
 def test_rows_at_mixed_timesteps_equal_rows_alone(pixart: PixArt) -> None:

@@ -337,6 +337,11 @@ class Recipe(Section):
                 )
             if stage.size_condition and stage.condition_on == "class":
                 raise ValueError(f"{place}.size_condition: only stages on text are told sizes")
+            if stage.token_drop and self.train.text_in == "context":
+                raise ValueError(
+                    f"{place}.token_drop with train.text_in = context: the text is among the "
+                    f"tokens; write cross, or train on all tokens"
+                )
             try:
                 self.token_drop_of(stage)
             except ModelInputError as error:
@@ -378,5 +383,9 @@ class Recipe(Section):
             text_width=text_width,
             max_tokens=self.encode.max_tokens,
             qk_norm=self.train.qk_norm,
-            adaln=self.train.adaln if stage.condition_on == "text" else "single",
+            **(
+                {"adaln": self.train.adaln, "text_in": self.train.text_in}
+                if stage.condition_on == "text"
+                else {}
+            ),
         )

@@ -37,7 +37,8 @@ from pixart_platform.storage import open_folder, publish_folder
 from pixart_platform.tables import Table
 
 SNAPSHOT_SCHEMA = "snapshot/1"
-_OFF = (("qk_norm", False), ("adaln", "single"))  # switches of a network that came later
+# Switches of a network that came later.
+_OFF = (("qk_norm", False), ("adaln", "single"), ("text_in", "cross"))
 
 
 @dataclass(frozen=True)

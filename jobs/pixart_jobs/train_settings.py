@@ -84,6 +84,10 @@ class TrainSettings(Section):
     adaln: Literal["single", "block"] = "single"
     """How blocks learn of the timestep: by one shared map and a table each, the paper's
     adaLN-single, or by a map each as DiT's, its baseline."""
+    text_in: Literal["cross", "context"] = "cross"
+    """Where blocks meet the text: by cross-attention, as in the paper, or as further tokens of
+    self-attention, its baseline; that is drawn and served as well, but not exported, and not
+    trained on a part of the tokens."""
     num_workers: int = Field(2, ge=1, le=1024)
     min_workers: int | None = Field(None, ge=1)
     """Go on with as few when nodes are lost, and grow again when they are back, with the same

@@ -27,7 +27,9 @@ class NetworkConfig:
     timestep (PixArt at 1024 px). ``qk_norm`` normalises queries and keys within each head, which
     no published PixArt-alpha does. ``adaln`` is how a PixArt's blocks learn of the timestep: by
     one shared map and a table each (``single``, the paper's), or by a map each as DiT's (``block``,
-    the paper's baseline: 27 % of the parameters).
+    the paper's baseline: 27 % of the parameters). ``text_in`` is where a PixArt's blocks meet the
+    text: by ``cross`` attention, or as further tokens of self-attention (``context``), for which
+    there are no published weights.
     """
 
     architecture: Literal["pixart", "dit"] = "pixart"
@@ -46,6 +48,7 @@ class NetworkConfig:
     size_condition: bool = False
     qk_norm: bool = False
     adaln: Literal["single", "block"] = "single"
+    text_in: Literal["cross", "context"] = "cross"
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "patch", "latent_channels", "sample_size"):

@@ -79,7 +79,7 @@ CLASSES = {"pixart": "PixArtTransformer2DModel", "dit": "DiTTransformer2DModel"}
 _NORMS = {"pixart": "ada_norm_single", "dit": "ada_norm_zero"}
 UNUSED = {
     "pixart": ("num_classes",),
-    "dit": ("text_width", "max_tokens", "size_condition", "adaln"),
+    "dit": ("text_width", "max_tokens", "size_condition", "adaln", "text_in"),
 }
 _SIZES = {  # config.json's key: our field, and the most we accept; heads are as wide as all with us
     "num_attention_heads": ("heads", 1024), "attention_head_dim": ("width", 1024),

@@ -109,8 +109,9 @@ def save_published(network: PixArt | DiT, path: Path) -> None:
     ConversionError for a PixArt that the released code has no class for.
     """
     config, side = network.config, network.config.base_grid
-    if isinstance(network, PixArt) and config.adaln != "single":
-        raise ConversionError(f"the released code cannot express adaln = {config.adaln!r}")
+    for name, published in (("adaln", "single"), ("text_in", "cross")):
+        if isinstance(network, PixArt) and (mine := getattr(config, name)) != published:
+            raise ConversionError(f"the released code cannot express {name} = {mine!r}")
     positions = sincos_positions(config.width, side, side, side, config.position_scale)
     weights = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
     weights["pos_embed"] = positions[None]

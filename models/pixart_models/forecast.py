@@ -9,6 +9,7 @@ Legend: N image tokens, n those a block sees, T text tokens of a row, Dt their w
 width of timestep features, r MLP ratio, p patch, C channels. A product is rows * inner * columns.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,9 @@ def _count_tokens(config: NetworkConfig, h: int, w: int, drop: Drop) -> list[int
 def _split_flops(config: NetworkConfig, tokens: list[int], text: float) -> tuple[float, float]:
     """Forward FLOPs of a sample: of all blocks, and outside of them."""
     d, area, depth, (*blocks, last) = config.width, config.patch**2, config.depth, tokens
-    n, squares = sum(blocks), sum(n**2 for n in blocks)
+    joined = text * (config.text_in == "context")  # tokens that blocks see beside the image's
+    seen = [n + joined for n in blocks]
+    n, squares = sum(seen), sum(n**2 for n in seen)
     inner = 4.0 * n * d**2 + 2 * squares * d  # attn: qkv n*D*3D, proj n*D*D; n*D*n scores, n*n*D
     inner += 2 * n * d * int(d * config.mlp_ratio)  # mlp: fc1 n*D*rD, fc2 n*rD*D
     outer = FREQUENCIES * d + d**2  # t_embedder 1*F*D, 1*D*D
@@ -52,10 +55,11 @@ def _split_flops(config: NetworkConfig, tokens: list[int], text: float) -> tuple
     if config.architecture == "dit":
         inner += depth * 6 * d**2  # adaLN_modulation 1*D*6D
         return 2 * inner, 2.0 * (outer + 2 * d**2)  # final_layer.adaLN_modulation 1*D*2D
-    inner += 2 * n * d**2  # cross_attn: q_linear and proj n*D*D
     if config.adaln == "block":
         inner += depth * 6 * d**2  # adaLN_modulation 1*D*6D
-    inner += text * (2 * depth * d**2 + 2 * n * d)  # kv_linear T*D*2D; n*D*T scores, n*T*D
+    if config.text_in == "cross":
+        inner += 2 * n * d**2  # cross_attn: q_linear and proj n*D*D
+        inner += text * (2 * depth * d**2 + 2 * n * d)  # kv_linear T*D*2D; n*D*T scores, n*T*D
     outer += 6 * d**2 * (config.adaln == "single")  # t_block 1*D*6D
     outer += (FREQUENCIES * d + d**2 // 3) * config.size_condition  # 3 times 1*F*D/3, 1*D/3*D/3
     return 2 * inner, 2 * (outer + text * (config.text_width + d) * d)  # y_embedder T*Dt*D, T*D*D
@@ -102,10 +106,13 @@ def step_memory(
     d, hidden, norms = config.width, int(config.width * config.mlp_ratio), 2 * config.qk_norm
     pixart, parameters = config.architecture == "pixart", count_parameters(config)
     *blocks, last = _count_tokens(config, height, width, drop)
+    cross = pixart and config.text_in == "cross"
+    if pixart and not cross:  # padded to the longest of a batch
+        blocks = [n + math.ceil(text_tokens) for n in blocks]
     token = (8 + 2 * norms) * d  # self-attention: input, norm, modulated, q, k, v, mix, output
-    token += (4 + norms) * d * pixart  # cross-attention: input, q, mix by row, mix of all rows
+    token += (4 + norms) * d * cross  # cross-attention: input, q, mix by row, mix of all rows
     token += 4 * d + 2 * hidden  # MLP: input, norm, modulated, output; before and after GELU
-    text = text_tokens * (2 + norms) * d * pixart  # keys and values of cross-attention
+    text = text_tokens * (2 + norms) * d * cross  # keys and values of cross-attention
     kept = 3.0 * last * d  # final layer: input, norm, modulated
     kept += sum(n * d if recompute else n * token + text for n in blocks)
     kept += text_tokens * (config.text_width + 3 * d) * pixart  # features, y_embedder's layers

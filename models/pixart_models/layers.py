@@ -120,12 +120,12 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (_head_norm(width // heads, qk_norm) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); mask (B, 1, 1, N) is True at tokens that are looked at."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.unbind(2)
-        mixed = _attend(self.q_norm(query), self.k_norm(key), value)  # (B, N, heads, d)
+        mixed = _attend(self.q_norm(query), self.k_norm(key), value, mask)  # (B, N, heads, d)
         projected: Tensor = self.proj(mixed.flatten(2))
         return projected
 
@@ -189,10 +189,15 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -
         )
         mixed: Tensor = flat.view_as(query)
         return mixed
-    place = torch.arange(text.longest, device=key.device)
-    index = (text.offsets[:-1, None] + place).clamp(max=len(key) - 1)  # (B, L)
-    real = place < text.offsets.diff()[:, None]  # (B, L)
+    index, real = padding_of(text)
     return _attend(query, key[index], value[index], real[:, None, None])
+
+
+def padding_of(text: PackedText) -> tuple[Tensor, Tensor]:
+    """Where the tokens of each row are, (B, L) to ``longest``, and which of them are real."""
+    place = torch.arange(text.longest, device=text.tokens.device)
+    index = (text.offsets[:-1, None] + place).clamp(max=len(text.tokens) - 1)
+    return index, place < text.offsets.diff()[:, None]
 
 
 class Mlp(nn.Module):

@@ -24,6 +24,7 @@ from pixart_models.layers import (
     linear_at,
     modulate_norm,
     pack_padded,
+    padding_of,
     token_grid,
     unpatchify,
 )
@@ -50,13 +51,16 @@ class SizeEmbedder(TimestepEmbedder):
 
 
 class PixArtBlock(nn.Module):
-    """Modulated self-attention, plain cross-attention, modulated MLP."""
+    """Modulated self-attention, plain cross-attention, modulated MLP; with text in context, where
+    x holds it too, no cross-attention."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         width = config.width
         self.attn = SelfAttention(width, config.heads, config.qk_norm)
-        self.cross_attn = CrossAttention(width, config.heads, config.qk_norm)
+        self.has_cross = config.text_in == "cross"
+        if self.has_cross:
+            self.cross_attn = CrossAttention(width, config.heads, config.qk_norm)
         self.mlp = Mlp(width, int(width * config.mlp_ratio), width)
         self.has_own_map = config.adaln == "block"
         if self.has_own_map:
@@ -64,17 +68,20 @@ class PixArtBlock(nn.Module):
         else:
             self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
-    def forward(self, x: Tensor, text: PackedText, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: PackedText | Tensor, modulation: Tensor) -> Tensor:
         """modulation (B, 6, D): the shared map of the timestep, to which this block's table is
-        added; or (B, D), the embedded timestep, where the block has a map of its own."""
+        added; or (B, D), the embedded timestep, where the block has a map of its own. text is
+        packed, or the mask (B, 1, 1, N) of tokens where x holds it."""
         if self.has_own_map:
             modulation = self.adaLN_modulation(modulation).view(len(x), 6, -1)
         else:
             modulation = self.scale_shift_table + modulation
         chunks = modulation.chunk(6, dim=1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = chunks  # each (B, 1, D)
-        x = x + gate_a * self.attn(modulate_norm(x, shift_a, scale_a))  # (B, N, D)
-        x = x + self.cross_attn(x, text)  # (B, N, D)
+        mask = None if self.has_cross else text
+        x = x + gate_a * self.attn(modulate_norm(x, shift_a, scale_a), mask)  # (B, N, D)
+        if self.has_cross:
+            x = x + self.cross_attn(x, text)  # (B, N, D)
         mixed: Tensor = self.mlp(modulate_norm(x, shift_m, scale_m))
         return x + gate_m * mixed  # (B, N, D)
 
@@ -92,6 +99,15 @@ class FinalLayer(nn.Module):
         shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)
         patches: Tensor = self.linear(modulate_norm(x, shift, scale))
         return patches
+
+
+def join_text(x: Tensor, text: PackedText) -> tuple[Tensor, Tensor]:
+    """Image tokens (B, N, D) and after them each row's text, padded: (B, N + L, D); and the mask
+    (B, 1, 1, N + L) of what is real."""
+    index, real = padding_of(text)
+    joined = torch.cat([x, text.tokens[index]], dim=1)
+    mask = torch.cat([real.new_ones(x.shape[:2]), real], dim=1)
+    return joined, mask[:, None, None]
 
 
 class PixArt(nn.Module):
@@ -129,7 +145,7 @@ class PixArt(nn.Module):
             # The published 0.02 is about 1/sqrt(fan-in) at XL's widths; narrow networks need that.
             fan_in = layer.in_features
             nn.init.normal_(layer.weight, std=0.02 if fan_in >= 1024 else fan_in**-0.5)
-        zeros = [self.final_layer.linear, *(block.cross_attn.proj for block in blocks)]
+        zeros = [self.final_layer.linear, *(b.cross_attn.proj for b in blocks if b.has_cross)]
         zeros += [linear_at(b.adaLN_modulation, 1) for b in blocks if b.has_own_map]  # as DiT's
         for layer in zeros:
             nn.init.zeros_(layer.weight)
@@ -149,6 +165,10 @@ class PixArt(nn.Module):
         text packed, or padded (B, L, text_width) with mask (B, L) bool, True where a token is real;
         sizes (B, 3) original height, width in pixels and height / width, with size_condition.
         """
+        if route and self.config.text_in == "context":
+            raise ModelInputError(
+                "token_drop with text_in = context: it would drop text; use cross"
+            )
         h, w = token_grid(latents, self.config.patch)
         x = self.x_embedder(latents)  # (B, N, D)
         x = x + self.positions(h, w, x)
@@ -167,8 +187,13 @@ class PixArt(nn.Module):
             modulation = self.t_block(embedded).view(len(x), 6, -1)  # (B, 6, D)
         packed = text if isinstance(text, PackedText) else pack_padded(text, mask)
         packed = packed._replace(tokens=self.y_embedder(packed.tokens))  # (T, D)
+        seen: PackedText | Tensor = packed
+        if self.config.text_in == "context":
+            x, seen = join_text(x, packed)  # (B, N + L, D)
         x = run_blocks(
-            self.blocks, x, (packed, modulation), route, self.checkpoint_blocks
+            self.blocks, x, (seen, modulation), route, self.checkpoint_blocks
         )  # (B, N or K, D)
+        if self.config.text_in == "context":
+            x = x[:, : h * w]
         h, w = (h, w) if x.shape[1] == h * w else (x.shape[1], 1)
         return unpatchify(self.final_layer(x, embedded), h, w, self.config.patch)

@@ -43,7 +43,7 @@ class Report:
 
 def check_compatible(source: NetworkConfig, target: NetworkConfig) -> None:
     """Raise ConfigError unless a network of ``source`` can become one of ``target``."""
-    own = ["text_width", "adaln"] if source.architecture == "pixart" else ["num_classes"]
+    own = ["text_width", "adaln", "text_in"] if source.architecture == "pixart" else ["num_classes"]
     own += ["size_condition"] if source.size_condition else []  # it may be added, not taken away
     for name in (*_SHARED, *(own if source.architecture == target.architecture else ())):
         if getattr(source, name) != getattr(target, name):
