@@ -37,7 +37,7 @@ from pixart_jobs.evaluate import (
 from pixart_jobs.geneval import PromptFileError
 from pixart_jobs.pipeline import Pipeline
 from pixart_jobs.promote import find_version, measured
-from pixart_jobs.recipe import DIGITS_METRICS
+from pixart_jobs.recipe import SAMPLE_METRICS
 from pixart_jobs.scenes import is_held_out
 from pixart_jobs.suites import (
     DigitsSuite,
@@ -67,7 +67,7 @@ def score(wanted: list[Reading], seen: list[Reading | None]) -> dict[str, float]
 
 def test_a_picture_read_as_wanted_scores_one() -> None:
     assert set(score([THREE, PAIR], [THREE, PAIR]).items()) == {
-        (metric, 1) for metric in DIGITS_METRICS
+        (metric, 1) for metric in SAMPLE_METRICS["digits"]
     }
 
 
@@ -156,7 +156,7 @@ def test_the_basis_is_all_but_the_snapshot_and_the_folder_all(snapshots: list[Pa
 
 def test_an_unknown_suite_is_told_which_there_are() -> None:
     for name in ("digit", "prompts", "prompts:"):
-        with pytest.raises(EvaluationError, match=f"{name!r} is not known; there are digits, pro"):
+        with pytest.raises(EvaluationError, match=f"{name!r} is not known; there are digits, cro"):
             require_suites(["digits", name])
     with pytest.raises(EvaluationError, match="names none"):
         require_suites([])
@@ -359,7 +359,7 @@ def test_an_evaluation_that_cannot_be_made_is_one_line_and_exit_2(
 ) -> None:
     for arguments, said in (
         (["9", "--suite", "digits"], "no version or alias '9'"),
-        (["1", "--suite", "poetry"], "suite 'poetry' is not known; there are digits, prompts:FILE"),
+        (["1", "--suite", "poetry"], "suite 'poetry' is not known; there are digits, crompts:FILE"),
     ):
         monkeypatch.setattr("sys.argv", ["pixart", "evaluate", *arguments, "--root", str(tmp_path)])
         with pytest.raises(SystemExit) as caught:

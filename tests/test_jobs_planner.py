@@ -31,8 +31,8 @@ from pixart_platform.errors import RecipeError
 PAPER = read_recipe("pixart-alpha")
 MICRO = read_recipe("pixart-micro")
 DIGITS = read_recipe("digits")
-DEMO_SECONDS = {  # on two cores under some load; the last for 19,200 images
-    "pixels": 107.6, "align": 271, "aesthetics": 232.6 * 32_000 / 19_200,
+DEMO_SECONDS = {  # on two cores under some load; the last for 25,600 images
+    "pixels": 48.2, "align": 153.0, "aesthetics": 94.1 * 32_000 / 25_600,
 }  # fmt: skip
 
 

@@ -24,8 +24,8 @@ from pixart_jobs.recipe import DataSettings
 from pixart_jobs.sources import (
     Blob,
     Collection,
-    DigitScenes,
     RawItem,
+    SampleScenes,
     Source,
     fetch,
     open_source,
@@ -128,7 +128,7 @@ def problems_of(items: list[RawItem]) -> dict[str, str]:
 @repeatable
 @given(st.integers(1, 12), st.integers(1, 14))
 def test_partitions_hold_every_scene_once_in_order(num_scenes: int, rows: int) -> None:
-    source = DigitScenes(num_scenes, rows, seed=0)
+    source = SampleScenes("digits", num_scenes, rows, seed=0)
     partitions = [[item.source for item in source.read(k)] for k in range(source.num_partitions)]
     assert [name for part in partitions for name in part] == [
         f"digits:{i}" for i in range(num_scenes)
@@ -139,27 +139,33 @@ def test_partitions_hold_every_scene_once_in_order(num_scenes: int, rows: int) -
 
 
 def test_a_scene_does_not_depend_on_its_partition() -> None:
-    one, other = DigitScenes(12, 12, seed=4).read(0), DigitScenes(12, 5, seed=4).read(1)
+    one, other = (
+        SampleScenes("digits", 12, 12, seed=4).read(0),
+        SampleScenes("digits", 12, 5, seed=4).read(1),
+    )
     assert one[5:10] == other
-    assert DigitScenes(12, 12, seed=5).read(0) != one
+    assert SampleScenes("digits", 12, 12, seed=5).read(0) != one
 
 
 def test_scenes_carry_caption_label_and_truth() -> None:
-    items = DigitScenes(40, 40, seed=4).read(0)
+    items = SampleScenes("digits", 40, 40, seed=4).read(0)
     assert all(item.data and item.raw_caption and item.truth for item in items)
     assert {item.label is None for item in items} == {True, False}
 
 
 def test_more_scenes_leave_full_partitions_alone() -> None:
-    few, many = DigitScenes(10, 4, seed=1).parts(), DigitScenes(12, 4, seed=1).parts()
+    few, many = (
+        SampleScenes("digits", 10, 4, seed=1).parts(),
+        SampleScenes("digits", 12, 4, seed=1).parts(),
+    )
     assert [a == b for a, b in zip(few, many, strict=True)] == [True, True, False]
-    assert not set(many) & set(DigitScenes(12, 4, seed=2).parts())
+    assert not set(many) & set(SampleScenes("digits", 12, 4, seed=2).parts())
 
 
 def test_a_recipe_names_its_source(tmp_path: Path) -> None:
     settings = DataSettings(source="digits", num_scenes=10, partition_rows=4)
     scenes = open_source(settings, 2, LocalFolder(tmp_path))
-    assert scenes == DigitScenes(10, 4, 2)
+    assert scenes == SampleScenes("digits", 10, 4, 2)
     assert scenes.num_partitions == 3
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pixart_jobs.scenes import compose_scene
 from pixart_models.captioner import (
     Caption,
-    DigitCaptioner,
     RawCaptioner,
+    SampleCaptioner,
     VisionLanguageCaptioner,
     captioner_revision,
     compose_request,
@@ -421,7 +421,7 @@ def test_a_folders_revision_changes_with_its_texts_and_its_weights_and_nothing_e
 
 def test_the_digit_captioner_reads_pixels_and_reports_what_it_cannot_read() -> None:
     captioner = load_captioner("builtin:digits", prompts=[PROMPT])
-    assert isinstance(captioner, DigitCaptioner)
+    assert isinstance(captioner, SampleCaptioner)
     scenes = [compose_scene(i, seed=3) for i in range(4)]
     pictures = [scenes[0].image, BLANK, *(scene.image for scene in scenes[1:])]
     captions = captioner.caption(pictures, ["a lie"] * 5)

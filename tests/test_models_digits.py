@@ -56,7 +56,7 @@ def parse(caption: str) -> Reading:
     return Reading((first, second), (color, second_color), named)
 
 
-def share_read(reader: DigitReader, scenes: list[Scene]) -> float:
+def share_read(reader: DigitReader, scenes: list[Scene[Reading]]) -> float:
     readings = reader.read_many([scene.image for scene in scenes])
     right = [r == scene.reading for r, scene in zip(readings, scenes, strict=True)]
     return sum(right) / len(right)

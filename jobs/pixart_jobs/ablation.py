@@ -25,7 +25,7 @@ from pixart_jobs.caption import measure_density
 from pixart_jobs.evaluate import open_suite
 from pixart_jobs.pipeline import Pipeline, Result, StageResult
 from pixart_jobs.planner import change, stage_flops
-from pixart_jobs.recipe import DIGITS_METRICS, NOT_BY_PROMPT, Metric, Recipe
+from pixart_jobs.recipe import NOT_BY_PROMPT, SAMPLE_METRICS, Metric, Recipe
 from pixart_jobs.stage import StagePlan, average_of
 from pixart_jobs.suites import Outcomes, Suite
 from pixart_jobs.workspace import Monitor, Workspace
@@ -172,11 +172,13 @@ def _make_run(study: Study, variant: str, seed: int, base: str, read: ReadRecipe
             f"variant {variant}: evaluate.suites = {list(recipe.suites)}: a study needs one that "
             f"judges pictures one by one; write digits, or prompts:FILE"
         )
-    judged = suites[0] == "digits"
-    if wrong := [m for m in study.target if (m in DIGITS_METRICS) != judged or m in NOT_BY_PROMPT]:
+    known = SAMPLE_METRICS.get(suites[0])
+    others = (*NOT_BY_PROMPT, *SAMPLE_METRICS["crowds"])
+    if wrong := [m for m in study.target if (m not in known if known else m in others)]:
+        told = f"; it has {', '.join(known)}" if known else ""
         raise StudyError(
             f"variant {variant}: target = {', '.join(wrong)}: is nothing that the suite "
-            f"{suites[0]} judges of each picture; digits has {', '.join(DIGITS_METRICS)}"
+            f"{suites[0]} judges of each picture{told}"
         )
     if not any(stage.condition_on == "text" for stage in recipe.stages.values()):
         raise StudyError(f"variant {variant}: no stage learns from captions; there is none to ask")

@@ -21,7 +21,7 @@ from pixart_jobs.recipe import CaptionSettings, Recipe
 from pixart_models.captioner import RAW, SPEC, VLLM, Caption, captioner_revision, load_captioner
 from pixart_models.concepts import ConceptDensity, measure_concepts
 from pixart_models.config import ModelInputError
-from pixart_models.digits import Reading, describe
+from pixart_models.crowds import describe_truth
 from pixart_models.revision import check_revision
 from pixart_platform.errors import StorageError
 from pixart_platform.partitions import Progress, Sink, run_partitions
@@ -167,9 +167,7 @@ def measure_accuracy(images: Table, captions: Table) -> float:
         truths = images.read(k, ["truth"])["truth"].to_pylist()
         written = captions.read(k, ["captions"])["captions"].to_pylist()
         for truth, texts in zip(truths, written, strict=True):
-            raw = json.loads(truth)
-            reading = Reading(tuple(raw["digits"]), tuple(raw["colors"]), raw["relation"])
-            right += texts[:1] == [describe(reading)]
+            right += texts[:1] == [describe_truth(truth)]
     return right / images.manifest.num_rows
 
 

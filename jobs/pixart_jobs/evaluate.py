@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from pixart_jobs.certainty import Figure
+from pixart_jobs.crowd_suite import CrowdsSuite
 from pixart_jobs.fidelity import FidelitySuite
 from pixart_jobs.promote import RESULT_FILE, evaluation_tag
 from pixart_jobs.recipe import DrawSettings, Recipe, check_suite
@@ -122,7 +123,8 @@ def open_suite(
         return PromptsSuite.open(path, asked.prompt_images, asked.detector)
     if kind == "fidelity":
         return FidelitySuite.open(recipe, side, find(), root)
-    return DigitsSuite(asked.num_prompts, asked.seed)
+    sample = CrowdsSuite if kind == "crowds" else DigitsSuite
+    return sample(asked.num_prompts, asked.seed)
 
 
 def plan(

@@ -19,7 +19,7 @@ from pixart_jobs import caption, encode, evaluate, ingest, selection, stage, tra
 from pixart_jobs.evaluate import Evaluation
 from pixart_jobs.fidelity import find_tables
 from pixart_jobs.promote import promote
-from pixart_jobs.recipe import Recipe
+from pixart_jobs.recipe import SAMPLES, Recipe
 from pixart_jobs.sources import open_source
 from pixart_jobs.stage import StageInputs, StagePlan
 from pixart_jobs.workspace import JobMonitor, Monitor, Workspace
@@ -125,7 +125,7 @@ class Pipeline:
         tables = self.make_tables()
         self._check_suites(tables)
         accuracy = None
-        if self._recipe.data.source == "digits":  # no other knows the truth
+        if self._recipe.data.source in SAMPLES:  # no other knows the truth
             accuracy = caption.measure_accuracy(tables["images"], tables["captions"])
             self._monitor.note(f"captions exactly right: {accuracy:.1%}")
         density = caption.measure_density(tables["images"], tables["captions"])

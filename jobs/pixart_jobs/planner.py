@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import combinations, product
 from typing import Any, TypeVar, get_args
 
-from pixart_jobs.recipe import Recipe
+from pixart_jobs.recipe import SAMPLES, Recipe
 from pixart_jobs.train_settings import StageSettings, TrainSettings
 from pixart_models.config import NetworkConfig
 from pixart_models.encoder_flops import size_autoencoder, size_text_encoder
@@ -27,7 +27,8 @@ GIB = 2**30
 ZERO_STAGES = (0, 1, 2, 3)
 BUCKET_BYTES = 10**9  # DeepSpeed's reduce_bucket_size, 5e8 elements, held whole in bf16
 RUNTIME_BYTES = {True: 2 * GIB, False: int(0.6 * GIB)}  # GPU: context, NCCL, holes; CPU: imports
-SCENE_BYTES, SCENE_TOKENS = 4_200, 12.3  # of a sample scene, measured
+SCENE_BYTES = {"digits": 4_200, "crowds": 7_000}  # of a sample scene, measured
+SCENE_TOKENS = {"digits": 12.3, "crowds": 20.7}
 IMAGE_BYTES = 300_000
 Changes = Mapping[str, Any]  # settings by path, as --set takes them
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -147,7 +148,7 @@ def make_plan(recipe: Recipe, gpu: str = "", mfu: float | None = None) -> Plan:
 
 def count_rows(recipe: Recipe) -> int | None:
     """Pictures of the source, if anyone said how many."""
-    scenes = recipe.data.num_scenes if recipe.data.source == "digits" else None
+    scenes = recipe.data.num_scenes if recipe.data.source in SAMPLES else None
     return recipe.plan.num_images or scenes
 
 
@@ -157,7 +158,7 @@ def count_captions(recipe: Recipe) -> int:
 
 def mean_tokens(recipe: Recipe) -> float:
     """Tokens of a caption, at most as many as are kept."""
-    known = SCENE_TOKENS if recipe.data.source == "digits" else math.inf
+    known = SCENE_TOKENS.get(recipe.data.source, math.inf)
     return min(recipe.plan.text_tokens or known, recipe.encode.max_tokens)
 
 
@@ -254,7 +255,7 @@ def measure_storage(recipe: Recipe, stages: list[StageCost], rows: int | None) -
     """Bytes of tables and checkpoints: bf16 features, fp16 moments, fp32 averages and snapshots."""
     found: dict[str, float] = {}
     if rows:
-        known = SCENE_BYTES if recipe.data.source == "digits" else IMAGE_BYTES
+        known = SCENE_BYTES.get(recipe.data.source, IMAGE_BYTES)
         if recipe.data.copy_bytes:
             found["images"] = rows * (recipe.plan.image_bytes or known)
         width = size_text_encoder(recipe.encode.text_encoder).width

@@ -16,15 +16,17 @@ from pixart_platform.recipe import Count, NodeLabels, Section
 
 _BLOCK_BYTES = 2 << 30  # decoded pixels of one partition
 RECIPES = Path(__file__).parent / "recipes"
+SAMPLES = ("digits", "crowds")
+"""Scenes that are composed, and the suites that ask for more of them."""
 
 
 def _check_source(source: str) -> str:
     kind, _, uri = source.partition(":")
-    if source == "digits" or (kind in ("folder", "classes", "tar", "parquet") and uri):
+    if source in SAMPLES or (kind in ("folder", "classes", "tar", "parquet") and uri):
         return source
     raise ValueError(
-        "write 'digits' for the sample scenes or, for your own images, 'KIND:URI': kind folder, "
-        "classes, tar or parquet, and a local path or s3://bucket/prefix"
+        "write 'digits' or 'crowds' for sample scenes or, for your own images, 'KIND:URI': kind "
+        "folder, classes, tar or parquet, and a local path or s3://bucket/prefix"
     )
 
 
@@ -32,7 +34,7 @@ class DataSettings(Section):
     """Where images come from, and which are refused."""
 
     source: Annotated[str, AfterValidator(_check_source)] = "digits"
-    """``digits``, or ``KIND:URI`` with a local path or ``s3://bucket/prefix``.
+    """``digits`` or, harder, ``crowds``; or ``KIND:URI`` with a local path or ``s3://bucket/prefix``.
 
     ``folder``: images at any depth; the raw caption is in ``NAME.txt`` or ``NAME.json`` beside one,
     in ``metadata.jsonl`` (its ``file_name`` and ``text``), or else the words of its name.
@@ -45,7 +47,7 @@ class DataSettings(Section):
     """Where tables are kept: a path, or s3://bucket/prefix (endpoint and credentials as boto3 finds
     them, AWS_ENDPOINT_URL among them); left out, the run's folder."""
     num_scenes: Count = Field(8192, ge=1, le=10**8)
-    """Scenes to compose; ``digits`` only."""
+    """Scenes to compose; ``digits`` and ``crowds`` only."""
     partition_rows: Count = Field(512, ge=1, le=10**6)
     """Rows of a partition, the unit of work and retry."""
     min_side: int = Field(16, ge=1)
@@ -181,12 +183,17 @@ class DrawSettings(Section):
     guidance: float = Field(2.5, ge=1, le=20)
 
 
-DIGITS_METRICS = (
+_SHARED_METRICS = (
     "digit_accuracy", "color_accuracy", "relation_accuracy", "count_accuracy",
     "seen_pair_accuracy", "unseen_pair_accuracy",
 )  # fmt: skip
+SAMPLE_METRICS = {
+    "digits": _SHARED_METRICS,
+    "crowds": (*_SHARED_METRICS, "place_accuracy", "attribute_accuracy"),
+}
+"""Figures of each picture that the suites of sample scenes have."""
 NOT_BY_PROMPT = ("reader_accuracy", "fid", "kid", "precision", "recall", "clip_score")
-_METRICS = DIGITS_METRICS + NOT_BY_PROMPT
+_METRICS = SAMPLE_METRICS["crowds"] + NOT_BY_PROMPT
 _FILE_METRIC = re.compile(r"[a-z0-9-]+_[A-Za-z0-9_-]+")
 
 
@@ -206,11 +213,11 @@ Metric = Annotated[str, AfterValidator(_check_metric)]
 def check_suite(name: str) -> str:
     """``name``, if there is such a suite. Raises ValueError, listing them."""
     kind, _, path = name.partition(":")
-    if name in ("digits", "fidelity") or (kind == "prompts" and path):
+    if name in (*SAMPLES, "fidelity") or (kind == "prompts" and path):
         return name
     raise ValueError(
-        f"suite {name!r} is not known; there are digits, prompts:FILE (a file of GenEval's form) "
-        f"and fidelity"
+        f"suite {name!r} is not known; there are digits, crowds, fidelity and prompts:FILE (a file "
+        f"of GenEval's form)"
     )
 
 
@@ -218,13 +225,13 @@ class EvaluateSettings(Section):
     """What a version is measured with, and the gates of promotion."""
 
     suites: tuple[Annotated[str, AfterValidator(check_suite)], ...] | None = None
-    """Suites at the end of a pipeline: ``digits``, ``prompts:FILE``, ``fidelity``; left out, digits
-    for the sample scenes and none for others."""
+    """Suites at the end of a pipeline: ``digits``, ``crowds``, ``prompts:FILE``, ``fidelity``; left
+    out, that of the sample scenes and none for others."""
     seed: int = 0
     """Of prompts and their noise; apart from the pipeline's, so that its runs are asked the same.
     """
     num_prompts: int = Field(160, ge=2, le=100_000)
-    """Of the suite digits."""
+    """Of the suites digits and crowds."""
     prompt_images: int = Field(4, ge=1, le=64)
     """Pictures of each prompt of a file; GenEval's are 4."""
     detector: str = "builtin:digits"
@@ -293,14 +300,14 @@ class Recipe(Section):
         """The captioner, with ``auto`` resolved."""
         if self.caption.captioner != "auto":
             return self.caption.captioner
-        return "builtin:digits" if self.data.source == "digits" else "builtin:raw"
+        return f"builtin:{self.data.source}" if self.data.source in SAMPLES else "builtin:raw"
 
     @property
     def suites(self) -> tuple[str, ...]:
         """What a pipeline evaluates with, the default resolved."""
         if self.evaluate.suites is not None:
             return self.evaluate.suites
-        return ("digits",) if self.data.source == "digits" else ()
+        return (self.data.source,) if self.data.source in SAMPLES else ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

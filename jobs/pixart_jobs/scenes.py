@@ -15,14 +15,16 @@ draws only prompts that are held out, so it tells what was learned from what was
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pixart_models.crowds import Crowd
 from pixart_models.digits import (
     COLORS,
     DIGIT_NAMES,
@@ -39,18 +41,20 @@ PAIR_SHARE = 0.5  # of scenes with two digits
 NOISY_SHARE = 0.2  # of scenes with visible sensor noise, which stage 3's curation drops
 
 
+Shown = TypeVar("Shown", Reading, Crowd)
+
+
 @dataclass(frozen=True)
-class Scene:
+class Scene(Generic[Shown]):
     """One composed picture with everything known about it."""
 
-    image: NDArray[np.uint8]  # (SCENE_SIZE, SCENE_SIZE, 3)
-    reading: Reading
+    image: NDArray[np.uint8]  # (side, side, 3)
+    reading: Shown
     raw_caption: str
 
     @property
     def label(self) -> int | None:
-        """Class label 0-9 of a single digit; None for a pair, as web images seldom have one."""
-        return self.reading.digits[0] if len(self.reading.digits) == 1 else None
+        return self.reading.label
 
     def png(self) -> bytes:
         buffer = io.BytesIO()
@@ -111,16 +115,33 @@ def _paint_digit(
     center: tuple[float, float],
     rng: np.random.Generator,
 ) -> None:
-    """Blend one scan into ``canvas`` (H, W, 3), values in 0-255, ``center`` as (row, column)."""
+    """Blend one scan into ``canvas`` (H, H, 3), values in 0-255, ``center`` as (row, column)."""
     alpha_image = Image.fromarray((scan * 255).astype(np.uint8)).resize(
         (size, size), Image.Resampling.BICUBIC
     )
     alpha = np.asarray(alpha_image, np.float32)[..., None] / 255
-    top = int(np.clip(round(center[0] - size / 2), 0, SCENE_SIZE - size))
-    left = int(np.clip(round(center[1] - size / 2), 0, SCENE_SIZE - size))
+    top, left = (int(np.clip(round(c - size / 2), 0, len(canvas) - size)) for c in center)
     ink = np.clip(np.array(COLORS[color], np.float32) + rng.normal(0, 8, 3), 0, 255)
     window = canvas[top : top + size, left : left + size]
     window += alpha * (ink.astype(np.float32) - window)
+
+
+def paint(
+    shown: Sequence[tuple[int, str]], centers: Sequence[tuple[float, float]],
+    sizes: tuple[int, int], side: int, split: Split, rng: np.random.Generator,
+) -> NDArray[np.uint8]:  # fmt: skip
+    """Random scans of digits in colours, their sizes from a range of pixels, near ``centers`` as
+    (row, column), on a ground with noise: (side, side, 3)."""
+    canvas = np.full((side, side, 3), rng.uniform(8, 40), np.float32)
+    for (digit, color), (row, column) in zip(shown, centers, strict=True):
+        scans = _scans_by_digit(split)[digit]
+        scan = scans[rng.integers(len(scans))]
+        shift = rng.uniform(-1.5, 1.5, 2)
+        center = (row + float(shift[0]), column + float(shift[1]))
+        _paint_digit(canvas, scan, color, int(rng.integers(*sizes)), center, rng)
+    noise = rng.uniform(10, 16) if rng.random() < NOISY_SHARE else rng.uniform(0, 2)
+    canvas += rng.normal(0, noise, canvas.shape).astype(np.float32)
+    return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
 def _raw_caption(reading: Reading, rng: np.random.Generator) -> str:
@@ -133,30 +154,21 @@ def _raw_caption(reading: Reading, rng: np.random.Generator) -> str:
     return str(rng.choice(choices))
 
 
-def compose(reading: Reading, split: Split, rng: np.random.Generator) -> Scene:
+def compose(reading: Reading, split: Split, rng: np.random.Generator) -> Scene[Reading]:
     """Draw ``reading`` with random scans of ``split``, sizes, places, ground and noise."""
-    ground = rng.uniform(8, 40)
-    canvas = np.full((SCENE_SIZE, SCENE_SIZE, 3), ground, np.float32)
     middle, offset = SCENE_SIZE / 2, SCENE_SIZE / 4
     if reading.relation is None:
-        centers, low, high = [(middle, middle)], 26, 29
+        centers, sizes = [(middle, middle)], (26, 29)
     elif reading.relation == "left of":
-        centers, low, high = [(middle, middle - offset), (middle, middle + offset)], 21, 23
+        centers, sizes = [(middle, middle - offset), (middle, middle + offset)], (21, 23)
     else:
-        centers, low, high = [(middle - offset, middle), (middle + offset, middle)], 21, 23
-    for digit, color, (row, column) in zip(reading.digits, reading.colors, centers, strict=True):
-        scans = _scans_by_digit(split)[digit]
-        scan = scans[rng.integers(len(scans))]
-        shift = rng.uniform(-1.5, 1.5, 2)
-        center = (row + float(shift[0]), column + float(shift[1]))
-        _paint_digit(canvas, scan, color, int(rng.integers(low, high)), center, rng)
-    noise = rng.uniform(10, 16) if rng.random() < NOISY_SHARE else rng.uniform(0, 2)
-    canvas += rng.normal(0, noise, canvas.shape).astype(np.float32)
-    image = np.clip(canvas, 0, 255).astype(np.uint8)
+        centers, sizes = [(middle - offset, middle), (middle + offset, middle)], (21, 23)
+    shown = list(zip(reading.digits, reading.colors, strict=True))
+    image = paint(shown, centers, sizes, SCENE_SIZE, split, rng)
     return Scene(image, reading, _raw_caption(reading, rng))
 
 
-def compose_scene(index: int, *, seed: int, split: Split = "train") -> Scene:
+def compose_scene(index: int, *, seed: int, split: Split = "train") -> Scene[Reading]:
     """Scene ``index`` of the endless set ``(split, seed)``; never a held-out prompt in train."""
     rng = np.random.default_rng([seed, 0 if split == "train" else 1, index])
     return compose(sample_reading(rng, held_out=split == "test"), split, rng)

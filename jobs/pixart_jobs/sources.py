@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pixart_jobs import listing
+from pixart_jobs.crowd_scenes import compose_crowd
 from pixart_jobs.listing import WHOLE, Item, Listing, printable
-from pixart_jobs.recipe import DataSettings
-from pixart_jobs.scenes import compose_scene
+from pixart_jobs.recipe import SAMPLES, DataSettings
+from pixart_jobs.scenes import Scene, compose_scene
 from pixart_platform.errors import StorageError
 from pixart_platform.recipe import digest_of
 from pixart_platform.storage import CHANGED, FileAbsent, Folder, open_folder, reading
@@ -69,9 +70,10 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class DigitScenes:
-    """The demo's scenes, composed where they are read."""
+class SampleScenes:
+    """Sample scenes of a kind, digits or crowds, composed where they are read."""
 
+    kind: str
     num_scenes: int
     partition_rows: int
     seed: int
@@ -84,15 +86,19 @@ class DigitScenes:
         return range(self.num_scenes)[k * self.partition_rows : (k + 1) * self.partition_rows]
 
     def parts(self) -> list[str]:
-        return [f"digits:{self.seed}:{self._rows(k)}" for k in range(self.num_partitions)]
+        return [f"{self.kind}:{self.seed}:{self._rows(k)}" for k in range(self.num_partitions)]
 
     def fingerprint(self) -> str:
-        return f"digits:{self.seed}:{self.num_scenes}"
+        return f"{self.kind}:{self.seed}:{self.num_scenes}"
 
     def read(self, k: int) -> list[RawItem]:
-        scenes = ((i, compose_scene(i, seed=self.seed)) for i in self._rows(k))
+        compose: Callable[..., Scene[Any]] = (
+            compose_crowd if self.kind == "crowds" else compose_scene
+        )
+        scenes = ((i, compose(i, seed=self.seed)) for i in self._rows(k))
         return [
-            RawItem(f"digits:{i}", s.png(), s.raw_caption, s.label, s.truth()) for i, s in scenes
+            RawItem(f"{self.kind}:{i}", s.png(), s.raw_caption, s.label, s.truth())
+            for i, s in scenes
         ]
 
 
@@ -327,8 +333,8 @@ def open_source(settings: DataSettings, seed: int, keep: Folder) -> Source:
 
     Raises StorageError when there is nothing in it, it cannot be listed, or ``keep`` is in it.
     """
-    if settings.source == "digits":
-        return DigitScenes(settings.num_scenes, settings.partition_rows, seed)
+    if settings.source in SAMPLES:
+        return SampleScenes(settings.source, settings.num_scenes, settings.partition_rows, seed)
     kind, _, uri = settings.source.partition(":")
     try:
         folder, only = open_folder(uri), ""

@@ -153,7 +153,7 @@ def read_rows(table: Table) -> list[Row]:
     return [row for part in parts for row in part.to_pylist()]
 
 
-class _NoReferences:
+class NoReferences:
     """What suites share that compare with nothing."""
 
     num_references = 0
@@ -220,7 +220,7 @@ def measure_reader() -> Figure:
 
 
 @dataclass(frozen=True)
-class DigitsSuite(_NoReferences):
+class DigitsSuite(NoReferences):
     """Held-out prompts of the sample scenes, read by the digit reader."""
 
     num_prompts: int
@@ -268,7 +268,7 @@ def parse_reading(text: str) -> Reading | None:
 
 
 @dataclass(frozen=True)
-class PromptsSuite(_NoReferences):
+class PromptsSuite(NoReferences):
     """The prompts of a file, their pictures judged by what a detector finds."""
 
     path: Path

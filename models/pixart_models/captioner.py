@@ -8,7 +8,7 @@ on.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixart_models.config import ModelInputError
+from pixart_models.crowds import CrowdReader, describe_crowd
 from pixart_models.digits import DigitReader, UnreadableImage, describe
 from pixart_models.revision import model_revision, revision_of
 from pixart_models.text import (
@@ -27,7 +28,7 @@ from pixart_models.text import (
     require_all_weights,
 )
 
-BUILTIN = "builtin:digits"
+DIGITS, CROWDS = "builtin:digits", "builtin:crowds"
 RAW = "builtin:raw"
 VLLM = "vllm:"
 SPEC = ModelSpec(
@@ -65,14 +66,20 @@ class Captioner(Protocol):
         ...
 
 
-class DigitCaptioner:
-    """Reads digit scenes from pixels; the raw caption is ignored."""
+class SampleCaptioner:
+    """Reads sample scenes from pixels; the raw caption is ignored."""
 
-    name = BUILTIN
     revision = "1"
 
-    def __init__(self) -> None:
-        self._reader = DigitReader("train")
+    def __init__(self, name: str) -> None:
+        self.name = name
+        reader = DigitReader("train")
+        crowds = CrowdReader(reader)
+        self._tell: Callable[[NDArray[np.uint8]], str] = (
+            (lambda image: describe_crowd(crowds.read(image)))
+            if name == CROWDS
+            else (lambda image: describe(reader.read(image)))
+        )
 
     def caption(
         self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]
@@ -81,7 +88,7 @@ class DigitCaptioner:
 
     def _describe(self, image: NDArray[np.uint8]) -> Caption:
         try:
-            return Caption(describe(self._reader.read(image)))
+            return Caption(self._tell(image))
         except UnreadableImage as error:
             return Caption(problem=str(error))
 
@@ -222,12 +229,12 @@ def load_captioner(
     max_new_tokens: int = 256,
     device: str = "cpu",
 ) -> Captioner:
-    """``builtin:digits``, ``builtin:raw``, or a vision-language model by local folder or hub id.
+    """``builtin:digits``, ``builtin:crowds``, ``builtin:raw``, or a vision-language model.
 
-    Raises ModelNotFound.
+    That is a local folder or a hub id. Raises ModelNotFound.
     """
-    if source == BUILTIN:
-        return DigitCaptioner()
+    if source in (DIGITS, CROWDS):
+        return SampleCaptioner(source)
     if source == RAW:
         return RawCaptioner()
     return VisionLanguageCaptioner(

@@ -106,6 +106,7 @@ PRESETS: dict[str, NetworkConfig] = {
     "dit-l-2-256": replace(_XL_2, architecture="dit", depth=24, width=1024, heads=16),
     "digits": _DEMO,
     "digits-shallow": replace(_DEMO, depth=3),  # as good at half the compute (jobs/LOG.md)
+    "crowds": replace(_DEMO, depth=3, patch=4, sample_size=16, max_tokens=64),
     "digits-mini": replace(_DEMO, depth=2, width=48, heads=4),
 }
 

@@ -42,6 +42,11 @@ class Reading:
     colors: tuple[str, ...]
     relation: Relation | None = None
 
+    @property
+    def label(self) -> int | None:
+        """Class 0-9 of a single digit; None for a pair, as web images seldom have one."""
+        return self.digits[0] if len(self.digits) == 1 else None
+
 
 @dataclass(frozen=True)
 class FoundDigit:
@@ -50,6 +55,10 @@ class FoundDigit:
     digit: int
     color: str
     box: tuple[int, int, int, int]
+
+
+Piece = tuple[NDArray[np.uint8], NDArray[np.float32]]
+"""A part of a picture with one digit, (H, W, 3), and its ink (H, W) in 0-1."""
 
 
 class UnreadableImage(ValueError):
@@ -77,8 +86,8 @@ def load_scans(split: Literal["train", "test"]) -> tuple[NDArray[np.float32], ND
     return scans, np.asarray(data.target[chosen], np.int64)
 
 
-def _ink(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Brightness above the ground in 0-1, (H, W): the ground is the median of the border."""
+def find_ink(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Brightness of a picture (H, W, 3) above the median of its border, (H, W) in 0-1."""
     peak = image.max(axis=-1).astype(np.float32)
     border = np.concatenate([peak[0], peak[-1], peak[:, 0], peak[:, -1]])
     ground = float(np.median(border))
@@ -193,22 +202,24 @@ class DigitReader:
 
     def read_many(self, images: Sequence[NDArray[np.uint8]]) -> list[Reading]:
         """Read pictures of any sizes; raises UnreadableImage for one that shows no digit."""
-        parts: list[list[tuple[NDArray[np.uint8], NDArray[np.float32]]]] = []
+        parts: list[list[Piece]] = []
         relations: list[Relation | None] = []
         for image in images:
             pieces, relation = _find_digits(image)
             parts.append(pieces)
             relations.append(relation)
-        features = np.stack([_features(ink) for pieces in parts for _, ink in pieces])
-        digits = iter(self._classifier.predict(features))
-        return [
-            Reading(
-                digits=tuple(int(next(digits)) for _ in pieces),
-                colors=tuple(_name_color(picture, ink) for picture, ink in pieces),
-                relation=relation,
-            )
-            for pieces, relation in zip(parts, relations, strict=True)
-        ]
+        named = iter(self.name([piece for pieces in parts for piece in pieces]))
+        readings = []
+        for pieces, relation in zip(parts, relations, strict=True):
+            digits, colors = zip(*(next(named) for _ in pieces), strict=True)
+            readings.append(Reading(digits, colors, relation))
+        return readings
+
+    def name(self, pieces: Sequence[Piece]) -> list[tuple[int, str]]:
+        """The digit of each piece and its colour. Raises UnreadableImage for one without."""
+        features = np.stack([_features(ink) for _, ink in pieces])
+        digits = self._classifier.predict(features).tolist()
+        return [(d, _name_color(*piece)) for d, piece in zip(digits, pieces, strict=True)]
 
 
 @cache
@@ -219,9 +230,9 @@ def evaluation_reader() -> DigitReader:
 
 def _find_digits(
     image: NDArray[np.uint8],
-) -> tuple[list[tuple[NDArray[np.uint8], NDArray[np.float32]]], Relation | None]:
+) -> tuple[list[Piece], Relation | None]:
     """Cut a picture into one or two (picture, ink) pieces and name their relation."""
-    ink = _ink(image)
+    ink = find_ink(image)
     rows, columns = _box(ink)
     height, width = ink.shape
     if columns.stop - columns.start > _PAIR_EXTENT * width:

@@ -82,7 +82,7 @@ ACCELERATORS: dict[str, Accelerator] = {
     )
 } | {
     "cpu": Accelerator(
-        tflops=0.1, memory_gib=3, watts=14, usd_per_hour=0, mfu=0.44, step_seconds=0.2,
+        tflops=0.1, memory_gib=3, watts=14, usd_per_hour=0, mfu=0.6, step_seconds=0.035,
         start_seconds=30,
     )
 }  # fmt: skip
