@@ -61,7 +61,7 @@ def test_an_unknown_name_says_what_is_built_in() -> None:
         (["stages.align.images=31"],
          "stages.align.images = 31 is less than one batch (32); no step would be taken"),
         (["train.network=gigantic"], "train: network 'gigantic' is unknown; one of "),
-        (["data.source=coco"], "data.source = 'coco': write 'digits' or 'crowds' for sample scenes"),
+        (["data.source=coco"], "data.source = 'coco': write 'digits' or 'crowds' for sample"),
         (["stages.align.where=quality => 1"],
          "stages.align.where = 'quality => 1': 'quality => 1' is not 'column op number'"),
         (["stages.align.condition_on=tags"], "stages.align.condition_on = 'tags': "),
