@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from processes import run
 
+from pixart_cluster.local import RayError, local_ray
+
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
@@ -28,3 +30,20 @@ def test_a_typo_costs_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""
     assert not list(tmp_path.iterdir()), "nothing is made before the recipe is understood"
+
+
+def test_a_machine_too_busy_for_ray_is_told_so_after_some_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ray raises when its agent is not up in 20 seconds, as at a load of 8 on 2 cores."""
+    tried = list[str]()
+
+    def give_up(**_: object) -> None:
+        tried.append("init")
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.setattr("ray.init", give_up)
+    refused = pytest.raises(RayError, match=r"did not start in 3 tries.* busy \(load .* cores\)")
+    with refused, local_ray(tmp_path / "logs"):
+        pytest.fail("there is no Ray")
+    assert len(tried) == 3

@@ -22,6 +22,7 @@ from pixart_platform.errors import PixartError
 
 SCRATCH_PREFIX = "pixart-"
 MIN_CPUS = 4  # logical: two workers and a replica share two cores when they must
+_STARTS = 3  # of Ray, where the machine is busy
 _LOOK_SECONDS = 60.0  # for a node to start a process and look
 
 
@@ -122,7 +123,7 @@ def _exists(path: str) -> bool:
 def local_ray(logs_to: Path) -> Iterator[Path]:
     """Start Ray for the block; yields a scratch folder that is gone afterwards.
 
-    If the block raises, Ray's logs are copied to ``logs_to``.
+    If the block raises, Ray's logs are copied to ``logs_to``. Raises RayError if it does not start.
     """
     import ray
     import ray.data
@@ -131,13 +132,7 @@ def local_ray(logs_to: Path) -> Iterator[Path]:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to HOME
     scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
     try:
-        ray.init(
-            num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(scratch / "ray"),
-        )
+        _start(scratch / "ray")
         _quiet_ray_data()
         yield scratch
     except BaseException:
@@ -146,6 +141,31 @@ def local_ray(logs_to: Path) -> Iterator[Path]:
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start(folder: Path) -> None:
+    """Ray gives its own agent 20 seconds to start, which a machine at four times its load needs."""
+    import ray
+
+    for _ in range(_STARTS):
+        try:
+            ray.init(
+                num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
+        except Exception as error:  # Ray has no narrower one for it
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+        else:
+            return
+    raise RayError(
+        f"Ray did not start in {_STARTS} tries; this machine is busy (load "
+        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores): try again when it is less so"
+    )
 
 
 def _quiet_ray_data() -> None:
