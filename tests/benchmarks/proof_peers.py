@@ -63,7 +63,7 @@ class Hyper:
     eps: float = 1e-10
     decay: float = 0.03
     clip: float = 0.01
-    warmup: int = 1000  # steps
+    warmup: int = 20  # steps; the paper's 1,000 are a 150th of its second stage
     average: float = 0.9999  # at most; it grows to it
 
 
