@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_training.py [--quick]
 
-Runs train the demo's network in batches of 64 on the same tables, in processes of their own with
+Runs train the network ``digits`` in batches of 64 on the same tables, in processes of their own with
 one thread each, and take turns of some steps, so that what else the machine does hits all:
 
 ``ours``    a Ray Train worker: DeepSpeed, order, reading, average, logging; nothing left out
@@ -57,7 +57,8 @@ from recording import figure, record
 from stages import plan_stage, write_tables
 
 NEVER = 10**9  # images
-BATCH = 64  # images, the demo's
+BATCH = 64  # images
+SETTINGS = ("train.network=digits", f"stages.align.batch_images={BATCH}")
 WARM = 4  # steps of a turn that do not count: what was read ahead, and caches
 PATIENCE_SECONDS = 300
 Seconds = list[float]
@@ -153,7 +154,7 @@ def taking_turns(port: int) -> Callable[[dict[str, Any]], None]:
 
 def recipe_of(name: str, num_steps: int, **train_settings: Any) -> Recipe:
     """The demo's second stage from fresh weights, called ``name``, on one worker; saves nothing."""
-    recipe = read_recipe("digits")
+    recipe = read_recipe("digits", SETTINGS)
     settings = recipe.stages["align"]
     changes = {"start_from": "scratch", "images": num_steps * settings.batch_images}
     quiet = {"num_workers": 1, "save_every_images": NEVER, "preview_every_images": NEVER}
