@@ -359,7 +359,7 @@ def test_an_evaluation_that_cannot_be_made_is_one_line_and_exit_2(
 ) -> None:
     for arguments, said in (
         (["9", "--suite", "digits"], "no version or alias '9'"),
-        (["1", "--suite", "poetry"], "suite 'poetry' is not known; there are digits, crompts:FILE"),
+        (["1", "--suite", "poetry"], "suite 'poetry' is not known; there are digits, crowds, fid"),
     ):
         monkeypatch.setattr("sys.argv", ["pixart", "evaluate", *arguments, "--root", str(tmp_path)])
         with pytest.raises(SystemExit) as caught:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_training.py [--quick]
 
-Runs train the network ``digits`` in batches of 64 on the same tables, in processes of their own with
-one thread each, and take turns of some steps, so that what else the machine does hits all:
+Runs train the network ``digits`` in batches of 64 on the same tables, in processes of their own
+with one thread each, and take turns of some steps, so that what else the machine does hits all:
 
 ``ours``    a Ray Train worker: DeepSpeed, order, reading, average, logging; nothing left out
 ``saving``  the same with a state saved in every turn; the cost is scaled to digits.yaml's interval
