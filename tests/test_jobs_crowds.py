@@ -16,8 +16,8 @@ from pixart_jobs.recipe import SAMPLE_METRICS
 from pixart_jobs.scenes import is_unseen_pair
 from pixart_jobs.suites import collect
 from pixart_models.captioner import CROWDS, load_captioner
-from pixart_models.crowds import Crowd, describe_crowd, describe_truth, evaluation_crowd_reader
-from pixart_models.digits import COLORS, UnreadableImage
+from pixart_models.crowds import Crowd, CrowdReader, describe_crowd, describe_truth
+from pixart_models.digits import COLORS, UnreadableImage, evaluation_reader
 from pixart_platform.storage import LocalFolder
 
 COUNT = 200
@@ -74,7 +74,7 @@ def test_pixels_are_captioned_exactly_and_scores_of_the_truth_are_full() -> None
     captions = load_captioner(CROWDS, prompts=()).caption([s.image for s in scenes], [""] * COUNT)
     truths = [describe_truth(scene.truth()) for scene in scenes]
     assert np.mean([c.text == t for (c,), t in zip(captions, truths, strict=True)]) > 0.97
-    reader = evaluation_crowd_reader()
+    reader = CrowdReader(evaluation_reader())
     judged = [judge_crowd(s.reading, reader.read(s.image)) for s in scenes]
     outcomes = collect(judged)
     assert set(outcomes) == set(SAMPLE_METRICS["crowds"]) - {"unseen_pair_accuracy"}
@@ -111,7 +111,7 @@ def test_the_suite_asks_only_held_out_captions_and_reads_what_it_wrote() -> None
     assert [Crowd.load(json.loads(text)) for text, _ in seen[:2]] == [s.reading for s in scenes]
     assert seen[2] == ("", b"")
     with pytest.raises(UnreadableImage):
-        evaluation_crowd_reader().read(blank)
+        CrowdReader(evaluation_reader()).read(blank)
     rows = [{"seen": json.dumps(crowd.places)} for crowd in wanted[:11]] + [{"seen": ""}]
     found = suite.measure(rows, LocalFolder(Path("unused"))).figures["count_accuracy"]
     assert found.value == pytest.approx(11 / 12)

@@ -12,7 +12,7 @@ def evaluate(
     version: Annotated[str, typer.Argument(help="A number, an alias, or an MLflow run's id.")],
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="digits, prompts:FILE, fidelity; default the recipe's."),
+        typer.Option(help="digits, crowds, prompts:FILE, fidelity; default the recipe's."),
     ] = None,
     recipe: RecipeOption = "digits",
     root: RootOption = None,

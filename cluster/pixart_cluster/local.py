@@ -156,7 +156,7 @@ def _start(folder: Path) -> None:
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
             )
-        except Exception as error:  # Ray has no narrower one for it
+        except Exception as error:  # Ray's Node raises no narrower one; all others go on up
             if "timed out during startup" not in str(error):
                 raise
             ray.shutdown()

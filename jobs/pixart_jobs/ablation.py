@@ -170,7 +170,7 @@ def _make_run(study: Study, variant: str, seed: int, base: str, read: ReadRecipe
     if not suites:
         raise StudyError(
             f"variant {variant}: evaluate.suites = {list(recipe.suites)}: a study needs one that "
-            f"judges pictures one by one; write digits, or prompts:FILE"
+            f"judges pictures one by one; write digits, crowds or prompts:FILE"
         )
     known = SAMPLE_METRICS.get(suites[0])
     others = (*NOT_BY_PROMPT, *SAMPLE_METRICS["crowds"])

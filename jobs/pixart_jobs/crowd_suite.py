@@ -25,8 +25,8 @@ from pixart_jobs.suites import (
     figures_of,
     measure_reader,
 )
-from pixart_models.crowds import Crowd, describe_crowd, evaluation_crowd_reader
-from pixart_models.digits import UnreadableImage
+from pixart_models.crowds import Crowd, CrowdReader, describe_crowd
+from pixart_models.digits import UnreadableImage, evaluation_reader
 from pixart_platform.storage import Folder
 
 
@@ -93,7 +93,7 @@ class CrowdsSuite(NoReferences):
         return {}
 
     def make_judge(self) -> Judge:
-        reader = evaluation_crowd_reader()
+        reader = CrowdReader(evaluation_reader())
 
         def read(picture: Picture) -> Seen:
             try:

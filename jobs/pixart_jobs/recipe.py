@@ -86,9 +86,9 @@ class CaptionSettings(Section):
     """Who writes the dense captions, and how often a stage reads each."""
 
     captioner: str = "auto"
-    """``builtin:digits``; ``builtin:raw`` (keep the raw captions); a transformers image-text model
-    by local folder or hub id; ``vllm:ID`` for the same through ray.data.llm; or ``auto``: the
-    digits reader for the sample scenes, else raw."""
+    """``builtin:digits``, ``builtin:crowds``; ``builtin:raw`` (keep the raw captions); a
+    transformers image-text model by local folder or hub id; ``vllm:ID`` for the same through
+    ray.data.llm; or ``auto``: that of the sample scenes, else raw."""
     prompts: tuple[str, ...] = Field(
         ("Describe this image and its style in a very detailed manner",), min_length=1
     )

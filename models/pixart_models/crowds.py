@@ -23,7 +23,6 @@ from pixart_models.digits import (
     Reading,
     UnreadableImage,
     describe,
-    evaluation_reader,
     find_ink,
 )
 
@@ -118,8 +117,3 @@ class CrowdReader:
             raise UnreadableImage("no digit found: the picture has no bright strokes")
         named = dict(zip(pieces, self._digits.name(list(pieces.values())), strict=True))
         return Crowd(tuple(named.get(i) for i in range(len(PLACES))))
-
-
-def evaluation_crowd_reader() -> CrowdReader:
-    """The one that judges: fitted on test scans, which nothing else has seen."""
-    return CrowdReader(evaluation_reader())
