@@ -32,7 +32,14 @@ from pixart_models.drawing import (
 from pixart_models.layers import pack_text
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, save_snapshot
-from pixart_models.solvers import SOLVERS, SolverError, SolverName, build_schedule
+from pixart_models.solvers import (
+    SOLVERS,
+    SolverError,
+    SolverName,
+    build_schedule,
+    guide,
+    rescale,
+)
 from pixart_models.text import TextEncoder, load_text_encoder
 
 PROMPTS = ["a red three", "a blue seven to the left of a green eight on a dark picture", ""]
@@ -124,7 +131,7 @@ def test_guidance_of_one_is_the_conditional_prediction_and_costs_one_row(drawer:
     features = drawer.text_encoder.encode(PROMPTS)
     text = pack_text(features)
 
-    def conditional(x: Tensor, timesteps: Tensor) -> Tensor:
+    def conditional(x: Tensor, timesteps: Tensor, _lines: Tensor) -> Tensor:
         output: Tensor = drawer.network(x, timesteps, text)
         return output[:, : x.shape[1]]
 
@@ -197,6 +204,25 @@ def test_outside_its_interval_guidance_is_off_and_free(flow_drawer: Drawer) -> N
     assert not np.array_equal(some, draw())
 
 
+@pytest.mark.parametrize("objective", ["flow", "iddpm"])
+def test_rescaled_guidance_has_the_contrast_of_none(objective: ObjectiveName) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, told, untold = (torch.randn(3, 8, 4, 4, generator=generator) for _ in range(3))
+    lines = build_schedule(objective, 4).table[1].expand(3, -1)
+    p, q = lines[0, :2]
+    guided = guide(told, untold, torch.full((3,), 6.0))
+    shares = torch.tensor([0.0, 0.5, 1.0])
+    found = rescale(x, told, guided, lines, shares)
+    assert torch.equal(found[0], guided[0])
+    plain, strong, half, whole = (
+        (p * x + q * output)[i] for output, i in ((told, 2), (guided, 2), (found, 1), (found, 2))
+    )
+    torch.testing.assert_close(whole.std(), plain.std())
+    torch.testing.assert_close(whole / whole.std(), strong / strong.std(), rtol=1e-3, atol=1e-4)
+    plain, strong = ((p * x + q * output)[1].std() for output in (told, guided))
+    torch.testing.assert_close(half.std(), (plain + strong) / 2)
+
+
 @given(
     scale=st.floats(-5, 20),
     ends=st.tuples(st.floats(0, 1000), st.floats(0, 1000)).map(sorted),
@@ -222,6 +248,8 @@ def test_guidance_acts_inside_its_interval_ends_included(
         ({"guidance": [1.0, 2.0, float("inf")]}, "guidance = inf: must be a finite number"),
         ({"guidance_interval": (800, 400)}, r"guidance_interval = \(800, 400\): must be timesteps"),
         ({"guidance_interval": (0, 1001)}, "0 <= low <= high <= 1000"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale = 1.5: must be 0 to 1"),
+        ({"guidance_rescale": float("nan")}, "guidance_rescale = nan: must be 0 to 1"),
         ({"guidance_interval": (float("nan"), 5)}, "0 <= low <= high <= 1000"),
         ({"steps": 0}, "num_inference_steps = 0: must be 1 to 1000 with dpm"),
     ],

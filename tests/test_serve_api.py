@@ -115,6 +115,24 @@ def test_guidance_keeps_to_its_interval(shared: Service) -> None:
     assert np.abs(drawn[0.0, 1000.0] - drawn[300.0, 800.0]).max() > 1
 
 
+def test_guidance_is_rescaled_as_asked_or_as_is_usual_here() -> None:
+    engine, drawer = DrawingEngine(max_rows=8, max_queued=16), build_drawer()
+    engine.activate(LoadedVersion(7, drawer))
+    app = build_api(
+        EngineService(engine, "digits", "champion"), SETTINGS, default_steps=4,
+        default_guidance=7.0, default_guidance_rescale=0.7,
+    )  # fmt: skip
+    with TestClient(app) as client:
+        for asked, share in (({}, 0.7), ({"guidance_rescale": 0}, 0.0)):
+            body = {"prompt": "a red three", "seed": 5} | asked
+            entry = client.post(GENERATE, json=body).json()["data"][0]
+            expected = drawer.draw(
+                ["a red three"], [5], steps=4, guidance=7.0, guidance_rescale=share
+            )[0]
+            assert np.abs(np.asarray(decode(entry)).astype(int) - expected).max() <= 1
+    engine.close()
+
+
 def test_pictures_say_what_drew_them(shared: Service) -> None:
     entry = shared.generate(seed=5).json()["data"][0]
     marks = decode(entry).text  # type: ignore[attr-defined]
@@ -188,7 +206,7 @@ def test_quality_decides_the_steps(
 def test_null_means_unset(shared: Service) -> None:
     fields = ["model", "n", "size", "quality", "response_format", "output_format", "stream", "user",
               "output_compression", "seed", "negative_prompt", "guidance_scale", "partial_images",
-              "guidance_interval", "max_wait_seconds"]  # fmt: skip
+              "guidance_interval", "guidance_rescale", "max_wait_seconds"]  # fmt: skip
     assert shared.generate(**dict.fromkeys(fields)).status_code == 200
 
 
@@ -230,6 +248,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"guidance_interval": [0, 1001]}, "guidance_interval", "less than or equal to 1000"),
     ({"guidance_interval": [-1, 5]}, "guidance_interval", "greater than or equal to 0"),
     ({"guidance_interval": [1]}, "guidance_interval", "required"),
+    ({"guidance_rescale": 1.1}, "guidance_rescale", "less than or equal to 1"),
     ({"max_wait_seconds": 0}, "max_wait_seconds", "greater than 0"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"seed": 2**63}, "seed", "less than or equal to"),
@@ -268,7 +287,7 @@ _VALUES = _SCALARS | st.lists(_SCALARS, max_size=3) | st.dictionaries(st.text(ma
 _FIELDS = ["prompt", "model", "n", "size", "quality", "response_format", "output_format", "stream",
            "output_compression", "seed", "negative_prompt", "num_inference_steps",
            "guidance_scale", "user", "background", "partial_images", "guidance_interval",
-           "max_wait_seconds", "nonsense"]  # fmt: skip
+           "guidance_rescale", "max_wait_seconds", "nonsense"]  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

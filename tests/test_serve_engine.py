@@ -48,7 +48,7 @@ def alone(drawer: Drawer, request: DrawRequest) -> Any:
     return drawer.draw(
         [request.prompt], [request.seed], steps=request.steps, guidance=request.guidance,
         negative_prompt=request.negative_prompt, size=(request.width, request.height),
-        guidance_interval=request.guidance_interval,
+        guidance_interval=request.guidance_interval, guidance_rescale=request.guidance_rescale,
     )[0]  # fmt: skip
 
 
@@ -91,6 +91,7 @@ _REQUESTS = st.builds(
     width=st.sampled_from([16, 32, 48]),
     height=st.sampled_from([32, 48]),
     guidance_interval=st.sampled_from([EVERYWHERE, (0, 400), (300, 900)]),
+    guidance_rescale=st.sampled_from([0.0, 0.7]),
 )
 
 

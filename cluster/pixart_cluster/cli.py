@@ -177,7 +177,7 @@ def serve(
         url = app.start(
             settings.serve, registry_uri=uri, model_name=settings.name,
             default_steps=settings.draw.num_steps, default_guidance=settings.draw.guidance,
-            jobs=folder / "jobs",
+            default_guidance_rescale=settings.draw.guidance_rescale, jobs=folder / "jobs",
         )  # fmt: skip
         try:
             typer.echo(f"serving {settings.name}@{settings.serve.alias} on {url} - Ctrl-C to stop")

@@ -72,7 +72,7 @@ def demo(
         url = app.start(
             recipe.serve, registry_uri=space.tracking_uri, model_name=recipe.name,
             default_steps=recipe.draw.num_steps, default_guidance=recipe.draw.guidance,
-            jobs=root / "jobs",
+            default_guidance_rescale=recipe.draw.guidance_rescale, jobs=root / "jobs",
         )  # fmt: skip
         try:
             prompt = next(iter(recipe.train.preview_prompts), _FALLBACK_PROMPT)

@@ -71,6 +71,7 @@ def serve_config(recipe: FullRecipe) -> dict[str, Any]:
     arguments = Deployed(
         settings=settings, model_name=recipe.name, default_steps=recipe.draw.num_steps,
         default_guidance=recipe.draw.guidance,
+        default_guidance_rescale=recipe.draw.guidance_rescale,
     )  # fmt: skip
     return {
         "proxy_location": "EveryNode",

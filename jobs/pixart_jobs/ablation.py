@@ -334,8 +334,9 @@ def _judge(plan: StagePlan, images_seen: int, run: Run) -> Outcomes:
     for first in range(0, len(prompts), size):
         some = prompts[first : first + size]
         pictures = drawer.draw(
-            some, seeds[first : first + size], steps=draw.num_steps, guidance=draw.guidance
-        )
+            some, seeds[first : first + size], steps=draw.num_steps, guidance=draw.guidance,
+            guidance_rescale=draw.guidance_rescale,
+        )  # fmt: skip
         rows += [{"seen": seen, "features": data} for seen, data in judge(list(pictures), some)]
     return suite.measure(rows, open_folder(plan.folder)).outcomes
 

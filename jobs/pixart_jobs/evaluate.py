@@ -256,6 +256,7 @@ class _Draw:
         pictures = self._drawer.draw(
             rows["prompt"].to_pylist(), rows["seed"].to_pylist(),
             steps=self._draw.num_steps, guidance=self._draw.guidance,
+            guidance_rescale=self._draw.guidance_rescale,
         )  # fmt: skip
         rows = rows.append_column("status", pa.array([OK] * rows.num_rows))
         return rows.append_column("png", pa.array(map(encode_png, pictures), pa.binary()))

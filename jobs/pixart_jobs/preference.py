@@ -160,6 +160,7 @@ def _draw_into(
             [poll.prompts[i] for i in places],
             [derive_seed(poll.seed, "vote", i) for i in places],
             steps=poll.draw.num_steps, guidance=poll.draw.guidance,
+            guidance_rescale=poll.draw.guidance_rescale,
         )  # fmt: skip
         for i, picture in zip(places, pictures, strict=True):
             Image.fromarray(picture).save(staging / _name(i))

@@ -181,6 +181,8 @@ class DrawSettings(Section):
 
     num_steps: int = Field(12, ge=1, le=1000)
     guidance: float = Field(2.5, ge=1, le=20)
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """Share of the contrast that guidance adds which is taken back, so that colours stay."""
 
 
 _SHARED_METRICS = (

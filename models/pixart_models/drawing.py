@@ -1,7 +1,7 @@
 """From prompts to pictures: the plain offline way, and the pieces the serving engine reuses.
 
-A picture is a function of (snapshot, prompt, negative prompt, seed, steps, guidance and its
-interval, size): its noise, a solver's fresh noise too, comes from generators of its own, so it
+A picture is a function of (snapshot, prompt, negative prompt, seed, steps, guidance, its interval
+and rescale, size): its noise, a solver's fresh noise too, comes from generators of its own, so it
 does not depend on what else is in the batch.
 
 What decides the shape of a batch (timesteps, scales, who is guided now) lives on the CPU and goes
@@ -29,7 +29,14 @@ from pixart_models.dit import DiT
 from pixart_models.layers import pack_text
 from pixart_models.pixart import PixArt
 from pixart_models.snapshot import SnapshotConfig, SnapshotError, load_network
-from pixart_models.solvers import SolverName, build_schedule, guide, need_noise, solver_step
+from pixart_models.solvers import (
+    SolverName,
+    build_schedule,
+    guide,
+    need_noise,
+    rescale,
+    solver_step,
+)
 from pixart_models.text import TextEncoder, load_text_encoder
 
 DEFAULT_STEPS = 12
@@ -52,10 +59,14 @@ class Guidance:
     clean, 1000 noise. Guidance in the middle alone keeps the variety that the noisy end decides,
     and costs one row, not two, outside (Kynkaanniemi et al. 2024, arXiv 2404.07724, section 3,
     who count in sigma: flow's timestep is 1000 sigma / (1 + sigma)).
+
+    ``rescale``, 0 to 1, takes back that share of the contrast that guidance adds (see
+    ``solvers.rescale``), so that a larger scale keeps colours as they are.
     """
 
     scale: float
     interval: tuple[float, float] = EVERYWHERE
+    rescale: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.interval
@@ -66,6 +77,8 @@ class Guidance:
                 f"guidance_interval = {self.interval}: must be timesteps (low, high) with "
                 f"0 <= low <= high <= {NUM_TIMESTEPS}"
             )
+        if not 0 <= self.rescale <= 1:
+            raise DrawingError(f"guidance_rescale = {self.rescale}: must be 0 to 1")
 
     def at(self, timestep: float) -> float:
         """The scale now: 1 outside the interval."""
@@ -101,7 +114,7 @@ class Drawer:
         side, config = self.config.resolution, self.config
         features, sizes = self.text_encoder.encode([""]), picture_sizes(side, side, 1)
 
-        def predict_at(x: Tensor, timesteps: Tensor) -> Tensor:
+        def predict_at(x: Tensor, timesteps: Tensor, _lines: Tensor) -> Tensor:
             return predict(self.network, x, timesteps, features, features, [2.0], sizes)
 
         x = initial_noise(0, self.latent_shape(side, side))[None].to(self.device)
@@ -118,19 +131,21 @@ class Drawer:
         steps: int = DEFAULT_STEPS,
         guidance: float | Sequence[float] = DEFAULT_GUIDANCE,
         guidance_interval: tuple[float, float] = EVERYWHERE,
+        guidance_rescale: float = 0.0,
         negative_prompt: str | Sequence[str] = "",
         size: tuple[int, int] | None = None,
     ) -> NDArray[np.uint8]:
         """Draw one picture a prompt, (B, H, W, 3); ``size`` is (width, height) in pixels.
 
         ``guidance`` and ``negative_prompt`` are one for all or one a prompt; guidance acts at
-        timesteps within ``guidance_interval`` (see Guidance). Raises DrawingError or
+        timesteps within ``guidance_interval``, and ``guidance_rescale`` takes back of its contrast
+        (see Guidance). Raises DrawingError or
         SolverError for what cannot be drawn.
         """
         width, height = size or (self.config.resolution, self.config.resolution)
         shape = self.latent_shape(width, height)
         scales = _per_prompt("guidance", guidance, len(prompts))
-        guided = [Guidance(scale, guidance_interval) for scale in scales]
+        guided = [Guidance(scale, guidance_interval, guidance_rescale) for scale in scales]
         negatives = _per_prompt("negative_prompt", negative_prompt, len(prompts))
         if len(seeds) != len(prompts):
             raise DrawingError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each")
@@ -139,9 +154,10 @@ class Drawer:
         wanted, unwanted = [features[p] for p in prompts], [features[n] for n in negatives]
         sizes = picture_sizes(width, height, len(prompts))
 
-        def predict_at(x: Tensor, timesteps: Tensor) -> Tensor:
+        def predict_at(x: Tensor, timesteps: Tensor, lines: Tensor) -> Tensor:
             now = [g.at(t) for g, t in zip(guided, timesteps.tolist(), strict=True)]
-            return predict(self.network, x, timesteps, wanted, unwanted, now, sizes)
+            shares = [g.rescale for g in guided]
+            return predict(self.network, x, timesteps, wanted, unwanted, now, sizes, lines, shares)
 
         x = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(self.device)
         config = self.config
@@ -187,7 +203,7 @@ def fresh_noise(
 
 
 def solve(
-    predict_at: Callable[[Tensor, Tensor], Tensor],
+    predict_at: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: Tensor,
     objective: ObjectiveName,
     steps: int,
@@ -196,13 +212,14 @@ def solve(
 ) -> Tensor:
     """Carry noise x (B, C, h, w) to clean latents in ``steps`` network evaluations.
 
-    ``predict_at(x, timesteps)`` gets its timesteps (B,) on the CPU; lcm needs the rows' seeds.
+    ``predict_at(x, timesteps, lines)`` gets its timesteps (B,) and lines (B, 6) of the solver's
+    table on the CPU; lcm needs the rows' seeds.
     """
     schedule = build_schedule(objective, steps, solver)
     x0 = torch.zeros_like(x)
     for step, (timestep, line) in enumerate(zip(schedule.timesteps, schedule.table, strict=True)):
-        output = predict_at(x, timestep.expand(len(x)))
         lines = line.expand(len(x), -1)
+        output = predict_at(x, timestep.expand(len(x)), lines)
         noise = fresh_noise(lines, seeds, [step] * len(x), x)
         x, x0 = solver_step(x, output, x0, lines, noise)
     return x
@@ -225,7 +242,7 @@ def draw_classes(
     classes = torch.tensor([*labels, *([config.num_classes] * len(labels))], device=device)
     scale = torch.full((len(labels),), guidance, device=device)
 
-    def predict_at(x: Tensor, timesteps: Tensor) -> Tensor:
+    def predict_at(x: Tensor, timesteps: Tensor, _lines: Tensor) -> Tensor:
         times = timesteps.repeat(2).to(x.device, non_blocking=True)
         output = network(x.repeat(2, 1, 1, 1), times, classes)[:, : x.shape[1]]
         conditional, unconditional = output.chunk(2)
@@ -243,11 +260,14 @@ def predict(
     negatives: Sequence[Tensor],
     scale: Sequence[float],
     sizes: Tensor | None = None,
+    lines: Tensor | None = None,
+    shares: Sequence[float] = (),
 ) -> Tensor:
     """Guided network output (B, C, h, w): conditional and unconditional rows in one forward.
 
-    timesteps (B,) and sizes (B, 3) are on the CPU; features and negatives are rows (L_i, Dt);
-    rows whose ``scale`` is 1 cost one row, not two. A size-conditioned network needs ``sizes``.
+    timesteps (B,), sizes (B, 3) and the solver's lines (B, 6) are on the CPU; features and
+    negatives are rows (L_i, Dt); rows whose ``scale`` is 1 cost one row, not two. A
+    size-conditioned network needs ``sizes``, and rescaling by ``shares`` needs ``lines``.
     """
 
     def upload(values: Tensor) -> Tensor:
@@ -264,7 +284,10 @@ def predict(
     if not guided:
         return conditional
     others = conditional.index_copy(0, again, unconditional)  # itself where there is no guidance
-    return guide(conditional, others, upload(torch.tensor(scale)))
+    output = guide(conditional, others, upload(torch.tensor(scale)))
+    if lines is None or not any(shares):
+        return output
+    return rescale(x, conditional, output, lines, torch.tensor(shares))
 
 
 def load_drawer(folder: Path, device: str = "cpu", like: "Drawer | None" = None) -> Drawer:

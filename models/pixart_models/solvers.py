@@ -161,3 +161,26 @@ def need_noise(lines: Tensor) -> list[int]:
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6) with a scale per row (B,)."""
     return unconditional + scale.to(conditional).view(-1, 1, 1, 1) * (conditional - unconditional)
+
+
+def rescale(
+    x: Tensor, conditional: Tensor, guided: Tensor, lines: Tensor, shares: Tensor
+) -> Tensor:
+    """Guided output whose clean latents have the deviation of unguided ones, by a share per row.
+
+    Guidance widens what it predicts, which saturates colours (Lin et al. 2023, arXiv 2305.08891,
+    section 3.4, eq. 15-16). They rescale the output; of flow and epsilon that is mostly noise, and
+    measured worse (jobs/LOG.md). x and outputs (B, C, H, W); lines (B, 6) and shares (B,), 0 to 1,
+    on the CPU; rows with share 0 come back as they are.
+    """
+    columns = torch.cat([lines[:, :2], shares[:, None]], dim=1).to(x.dtype)
+    p, q, share = columns.to(x.device, non_blocking=True)[:, :, None, None, None].unbind(1)
+    told, found = p * x + q * conditional, p * x + q * guided  # x0
+    narrower = _deviation(told) / _deviation(found).clamp_min(torch.finfo(x.dtype).tiny)
+    factor = 1 + share * (narrower - 1)
+    return torch.where(share > 0, (factor * found - p * x) / q, guided)
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Of all values of a row, (B, 1, 1, 1)."""
+    return x.std(dim=(1, 2, 3), keepdim=True)

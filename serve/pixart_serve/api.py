@@ -40,6 +40,7 @@ def build_api(
     *,
     default_steps: int,
     default_guidance: float,
+    default_guidance_rescale: float = 0.0,
     behind_serve: bool = False,
     observer: Observer = NOBODY,
     accounts: Accounts | None = None,
@@ -52,7 +53,7 @@ def build_api(
     """
     desk = OrderDesk(
         service, settings, default_steps=default_steps, default_guidance=default_guidance,
-        observer=observer,
+        default_guidance_rescale=default_guidance_rescale, observer=observer,
     )  # fmt: skip
     generator = _Generator(service, settings, desk)
     jobs = ImageJobs(service, desk, settings, accounts, knows_key)

@@ -43,6 +43,7 @@ class Deployed(BaseModel):
     model_name: str
     default_steps: int
     default_guidance: float
+    default_guidance_rescale: float = 0.0
     registry_uri: str = ""
     """Where MLflow is; without it ``MLFLOW_TRACKING_URI`` says: no password is in a file."""
 
@@ -57,7 +58,7 @@ def deploy(arguments: Deployed) -> Application:
         raise ServiceError("where is the registry? Set MLFLOW_TRACKING_URI, or args.registry_uri")
     return build_application(
         arguments.settings, registry_uri, arguments.model_name, arguments.default_steps,
-        arguments.default_guidance,
+        arguments.default_guidance, arguments.default_guidance_rescale,
     )  # fmt: skip
 
 
@@ -68,6 +69,7 @@ def start(
     model_name: str,
     default_steps: int,
     default_guidance: float,
+    default_guidance_rescale: float = 0.0,
     jobs: Path | None = None,
 ) -> str:
     """Serve what the alias names and return the base URL once it answers.
@@ -89,7 +91,8 @@ def start(
     application = deploy(
         Deployed(
             settings=settings, model_name=model_name, default_steps=default_steps,
-            default_guidance=default_guidance, registry_uri=registry_uri,
+            default_guidance=default_guidance,
+            default_guidance_rescale=default_guidance_rescale, registry_uri=registry_uri,
         )
     )  # fmt: skip
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -104,6 +104,8 @@ class GenerationRequest(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)] | None = None
     guidance_interval: tuple[_Timestep, _Timestep] | None = None
     """Guide at timesteps from low to high alone: [0, 1000] is always, 0 is clean, 1000 noise."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    """Share of the contrast that guidance adds which is taken back, so that colours stay."""
     max_wait_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """What this may take until it is drawn, if less than the service's own limit: refused at once
     with a time to come back when it would take longer, given up when it takes 5 % more."""

@@ -284,6 +284,7 @@ def _fix(order: Order, id_: str, account: str | None, digest: str) -> Job:
         "num_inference_steps": one.steps,
         "guidance_scale": one.guidance,
         "guidance_interval": one.guidance_interval,
+        "guidance_rescale": one.guidance_rescale,
     }
     return Job(
         id=id_,

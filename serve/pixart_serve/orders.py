@@ -131,11 +131,13 @@ class OrderDesk:
         *,
         default_steps: int,
         default_guidance: float,
+        default_guidance_rescale: float = 0.0,
         observer: Observer = NOBODY,
     ) -> None:
         """Raises FilterError."""
         self._service, self._settings, self._observer = service, settings, observer
         self._steps, self._guidance = default_steps, default_guidance
+        self._rescale = default_guidance_rescale
         self._filters = load_filters(settings)
 
     def describe(self, served: ServedModel) -> dict[str, Any]:
@@ -242,11 +244,12 @@ class OrderDesk:
                 param="num_inference_steps",
             )
         guidance = self._guidance if asked.guidance_scale is None else asked.guidance_scale
+        share = self._rescale if asked.guidance_rescale is None else asked.guidance_rescale
         return [
             DrawRequest(
                 asked.prompt, seed + i, steps, guidance, width, height,
                 negative_prompt=asked.negative_prompt or "",
-                guidance_interval=asked.guidance_interval or EVERYWHERE,
+                guidance_interval=asked.guidance_interval or EVERYWHERE, guidance_rescale=share,
                 num_previews=0 if self._filters.picture else asked.partial_images or 0,
             )
             for i in range(num_pictures)

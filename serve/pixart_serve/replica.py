@@ -44,10 +44,12 @@ class Replica:
         model_name: str,
         default_steps: int,
         default_guidance: float,
+        default_guidance_rescale: float,
     ) -> None:
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._settings = settings
         self._steps, self._guidance = default_steps, default_guidance
+        self._rescale = default_guidance_rescale
         self._num_failed_checks = 0
         self._metrics = ReplicaMetrics()
         open_log()
@@ -80,6 +82,7 @@ class Replica:
             self._settings,
             default_steps=self._steps,
             default_guidance=self._guidance,
+            default_guidance_rescale=self._rescale,
             behind_serve=True,
             observer=self._metrics,
             accounts=accounts,
@@ -118,6 +121,7 @@ def build_application(
     model_name: str,
     default_steps: int,
     default_guidance: float,
+    default_guidance_rescale: float,
 ) -> Application:
     """The deployment, bound to what its replicas are constructed with."""
     deploy = serve.deployment(
@@ -135,6 +139,7 @@ def build_application(
     )
     deployment = deploy(serve.ingress()(Replica))
     bound: Application = deployment.bind(
-        settings, registry_uri, model_name, default_steps, default_guidance
-    )
+        settings, registry_uri, model_name, default_steps, default_guidance,
+        default_guidance_rescale,
+    )  # fmt: skip
     return bound

@@ -86,7 +86,8 @@ class NonFiniteDrawing(DrawingFailed):
 class DrawRequest:
     """One picture: ``width`` and ``height`` in pixels, ``steps`` network evaluations.
 
-    Guidance acts at timesteps inside ``guidance_interval`` (low, high), of 0 (clean) to 1000.
+    Guidance acts at timesteps inside ``guidance_interval`` (low, high), of 0 (clean) to 1000;
+    ``guidance_rescale``, 0 to 1, takes back of the contrast that it adds.
     ``num_previews`` are shown on the way, to who submits with somewhere to show them.
     """
 
@@ -98,6 +99,7 @@ class DrawRequest:
     height: int
     negative_prompt: str = ""
     guidance_interval: tuple[float, float] = EVERYWHERE
+    guidance_rescale: float = 0.0
     num_previews: int = 0
 
     @property
@@ -196,7 +198,9 @@ def begin_rows(tickets: Sequence[Ticket], prompts: PromptFeatures) -> list[Row]:
                     on_preview=ticket.on_preview, asked_at=ticket.asked_at,
                     features=features[request.prompt],
                     negative=features[request.negative_prompt],
-                    guidance=Guidance(request.guidance, request.guidance_interval),
+                    guidance=Guidance(
+                        request.guidance, request.guidance_interval, request.guidance_rescale
+                    ),
                     schedule=build_schedule(
                         drawer.config.objective, request.steps, drawer.config.solver
                     ),
@@ -216,7 +220,8 @@ def step_rows(rows: Sequence[Row]) -> None:
     scale = [row.guidance.at(t) for row, t in zip(rows, times.tolist(), strict=True)]
     features, negatives = [row.features for row in rows], [row.negative for row in rows]
     sizes = picture_sizes(asked[0].width, asked[0].height, len(rows))  # (B, 3)
-    output = predict(drawer.network, x, times, features, negatives, scale, sizes)
+    shares = [row.guidance.rescale for row in rows]
+    output = predict(drawer.network, x, times, features, negatives, scale, sizes, lines, shares)
     noise = fresh_noise(lines, [r.seed for r in asked], [row.step for row in rows], x)
     x, x0 = solver_step(x, output, x0, lines, noise)
     for i, row in enumerate(rows):

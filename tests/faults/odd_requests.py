@@ -16,7 +16,8 @@ GOOD: dict[str, Any] = {
     "response_format": "b64_json", "output_format": "png", "output_compression": 100,
     "background": "opaque", "moderation": "low", "stream": False, "partial_images": 0,
     "user": "u", "safety_identifier": "s", "seed": 1, "negative_prompt": "", "guidance_scale": 2.0,
-    "num_inference_steps": 2, "guidance_interval": [0, 1000], "max_wait_seconds": 60,
+    "num_inference_steps": 2, "guidance_interval": [0, 1000], "guidance_rescale": 0.5,
+    "max_wait_seconds": 60,
 }  # fmt: skip
 ODD_VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, float("nan"),
