@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from processes import MINI, run
 
 from pixart_cluster.cli import main
 from pixart_cluster.recipe import read_recipe
 from pixart_jobs.ablation import STUDIES, Outcome, Point, Study, StudyError, read_study
 from pixart_jobs.planner import stage_flops
+from pixart_jobs.scenes import compose_scene
 from pixart_jobs.study_report import (
     as_document,
     interval,
@@ -22,6 +24,7 @@ from pixart_jobs.study_report import (
     render,
     summarize,
 )
+from pixart_models.digits import describe
 from pixart_platform.errors import RecipeError
 
 TARGET = {"digit_accuracy": 0.9}
@@ -95,8 +98,11 @@ def test_flops_of_a_part_of_a_stage_add_up() -> None:
      ({"baseline": "b"}, RecipeError, "baseline = b: is no variant; there are flow, paper"),
      ({"seeds": [1, 1]}, RecipeError, "twice"),
      ({"target": {"digit_acuracy": 0.9}}, RecipeError, "did you mean 'digit_accuracy'"),
-     ({"set": {"evaluate.suites": ["fidelity"]}}, StudyError, "judges pictures one by one"),
-     ({"target": {"fid": 9}}, StudyError, "target = fid: is nothing that the suite digits judges"),
+     ({"set": {"evaluate.suites": []}}, StudyError, "evaluate.suites is empty: a study needs one"),
+     ({"set": {"evaluate.suites": ["fidelity"]}}, StudyError, "target = digit_accuracy: .* kid"),
+     ({"set": {"evaluate.suites": ["fidelity"]}, "target": {"clip_score": 20}}, StudyError,
+      "target = clip_score: is nothing that the suite fidelity measures; it has fid, kid"),
+     ({"target": {"fid": 9}}, StudyError, "target = fid: .* the suite digits measures; it has"),
      ({"target": {"five_overall": 0.5}}, StudyError, "target = five_overall"),
      ({"tflops": {"papper": 1}}, RecipeError, "tflops of papper: is no variant"),
      ({"tflops": 0}, RecipeError, "tflops.*0")],
@@ -119,11 +125,11 @@ def test_built_in_studies_can_be_run(name: str) -> None:
     assert len(runs) == len(study.variants) * len(study.seeds)
 
 
-def points(values: list[float], scale: float = 1.0) -> list[Point]:
-    """At 1, 10, 100, ... TFLOPs, by digits right of 100."""
+def points(values: list[float], scale: float = 1.0, metric: str = "digit_accuracy") -> list[Point]:
+    """At 1, 10, 100, ... TFLOPs."""
     return [
         Point("align", 10 * (i + 1), scale * 10.0**i * 1e12, scale * 10.0**i,
-              {"digit_accuracy": [[round(100 * value), 100]]})
+              {metric: value})
         for i, value in enumerate(values)
     ]  # fmt: skip
 
@@ -141,6 +147,10 @@ def test_a_target_is_reached_between_points_on_a_logarithmic_scale() -> None:
     assert first is not None
     assert first.flops == 1e12
     assert reach(points([0.1, 0.8, 0.89]), "digit_accuracy", 0.9) is None
+    lower = reach(points([90, 20, 10], metric="fid"), "fid", 15)
+    assert lower is not None, "a distance is to be small"
+    assert lower.flops == pytest.approx(10**1.5 * 1e12)
+    assert reach(points([90, 20, 16], metric="fid"), "fid", 15) is None
 
 
 def test_intervals_are_students() -> None:
@@ -221,13 +231,27 @@ def test_a_typo_in_a_study_is_one_line_and_exit_2(
 
 
 @pytest.mark.slow
-def test_a_study_is_run_once_and_compared(tmp_path: Path) -> None:
+def test_a_study_of_any_folder_is_run_once_and_compared(tmp_path: Path) -> None:
+    """The recipe for photos, small, on a folder of pictures with their captions beside them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(64):
+        scene = compose_scene(i, seed=5)
+        Image.fromarray(scene.image).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(describe(scene.reading))
     align = read_recipe(str(MINI)).stages["align"].model_dump(mode="json")
-    one = {"align": align | {"start_from": "scratch", "images": 96}}
-    settings = {"stages": one, "data.num_scenes": 64, "encode.resolutions": [32],
-                "evaluate.num_prompts": 8, "draw.num_steps": 2, "train.num_workers": 1}  # fmt: skip
-    path = write_study(tmp_path, seeds=[0], set=settings, target={"color_accuracy": 0.01}, points=2)
-    done = run("ablate", path, "--root", tmp_path / "study", "--parallel", "2")
+    settings = {
+        "stages": {"align": align | {"start_from": "scratch", "images": 96}},
+        "data.partition_rows": 32, "encode.resolutions": [32], "encode.max_tokens": 48,
+        "encode.autoencoder": "builtin:digits", "encode.text_encoder": "builtin:t5-tiny",
+        "train.network": "digits-mini", "train.num_workers": 1, "train.use_gpu": False,
+        "train.zero_stage": 0, "evaluate.num_references": 16, "draw.num_steps": 2,
+    }  # fmt: skip
+    path = write_study(
+        tmp_path, recipe="photos", seeds=[0], set=settings, target={"kid": 1e9}, points=2
+    )
+    asked = ("ablate", path, "--root", tmp_path / "study", "--set", f"data.source=folder:{folder}")
+    done = run(*asked, "--parallel", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "study" / "study.json").read_text())
     flow, paper = told["runs"]
@@ -239,6 +263,8 @@ def test_a_study_is_run_once_and_compared(tmp_path: Path) -> None:
         assert flops[-1] == pytest.approx(made["flops"])
     tables = list((tmp_path / "study" / "tables").iterdir())
     assert len(tables) == 5, "both read the same"
-    again = run("ablate", path, "--root", tmp_path / "study")
+    assert flow["points"][0].keys() > {"fid", "kid", "precision", "recall"}
+    assert told["rows"][0]["reached"]["kid"]["count"] == 1
+    again = run(*asked)
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads((tmp_path / "study" / "study.json").read_text()) == told

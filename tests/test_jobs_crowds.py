@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pixart_jobs.certainty import ratio
 from pixart_jobs.crowd_scenes import CROWD_SIZE, compose_crowd, is_held_out, sample_crowd
 from pixart_jobs.crowd_suite import CrowdsSuite, held_out_crowds, judge_crowd
-from pixart_jobs.recipe import SAMPLE_METRICS
+from pixart_jobs.recipe import SUITE_METRICS
 from pixart_jobs.scenes import is_unseen_pair
 from pixart_jobs.suites import collect
 from pixart_models.captioner import CROWDS, load_captioner
@@ -77,7 +77,7 @@ def test_pixels_are_captioned_exactly_and_scores_of_the_truth_are_full() -> None
     reader = CrowdReader(evaluation_reader())
     judged = [judge_crowd(s.reading, reader.read(s.image)) for s in scenes]
     outcomes = collect(judged)
-    assert set(outcomes) == set(SAMPLE_METRICS["crowds"]) - {"unseen_pair_accuracy"}
+    assert set(outcomes) == set(SUITE_METRICS["crowds"]) - {"unseen_pair_accuracy"}
     scores = {m: ratio(np.array(pairs, np.float64)) for m, pairs in outcomes.items()}
     assert min(scores.values()) > 0.97, scores
 

@@ -37,7 +37,7 @@ from pixart_jobs.evaluate import (
 from pixart_jobs.geneval import PromptFileError
 from pixart_jobs.pipeline import Pipeline
 from pixart_jobs.promote import find_version, measured
-from pixart_jobs.recipe import SAMPLE_METRICS
+from pixart_jobs.recipe import SUITE_METRICS
 from pixart_jobs.scenes import is_held_out
 from pixart_jobs.suites import (
     DigitsSuite,
@@ -67,7 +67,7 @@ def score(wanted: list[Reading], seen: list[Reading | None]) -> dict[str, float]
 
 def test_a_picture_read_as_wanted_scores_one() -> None:
     assert set(score([THREE, PAIR], [THREE, PAIR]).items()) == {
-        (metric, 1) for metric in SAMPLE_METRICS["digits"]
+        (metric, 1) for metric in SUITE_METRICS["digits"]
     }
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 def ablate(
     study: Annotated[str, typer.Argument(help="A built-in study's name, or a .yaml file.")],
     root: Annotated[Path | None, typer.Option(help="Folder; default runs/STUDY.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a setting of all variants: path.to.key=value."),
+    ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     registry: RegistryOption = "",
     dry_run: Annotated[bool, typer.Option(help="Print what each run costs and exit.")] = False,
@@ -29,7 +33,7 @@ def ablate(
     from pixart_jobs import ablation
     from pixart_jobs.planner import stage_flops
 
-    asked, runs = ablation.read_study(study, read_recipe)
+    asked, runs = ablation.read_study(study, read_recipe, set_ or ())
     if dry_run:
         for run in runs:
             flops = sum(stage_flops(run.recipe, name) for name in run.recipe.stages)

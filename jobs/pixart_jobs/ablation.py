@@ -2,9 +2,9 @@
 
 A study is a grid of variants and seeds. Each run of it is a pipeline of its own folder and digest,
 so a study is resumed by running it again, and all runs share one store of tables. States are kept
-along the way; the averaged weights of each are asked the suite's prompts afterwards, so training
-is not disturbed and quality is known as a function of compute. From that follow, over the seeds,
-the quality at the end and the compute to a target, and the ratio of the latter to the baseline's.
+along the way; the averaged weights of each are asked the first suite's prompts afterwards, so
+training is not disturbed and quality is known as a function of compute. From that follow, over the
+seeds, the quality at the end and the compute to a target, and its ratio to the baseline's.
 
 Compute is that of training, forward and backward, as ``pixart_models.forecast`` counts it.
 """
@@ -13,21 +13,22 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, cast
 
-import numpy as np
 import ray
 from pydantic import Field, model_validator
 
 from pixart_jobs.caption import measure_density
 from pixart_jobs.evaluate import open_suite
+from pixart_jobs.fidelity import find_tables
 from pixart_jobs.pipeline import Pipeline, Result, StageResult
 from pixart_jobs.planner import change, stage_flops
-from pixart_jobs.recipe import NOT_BY_PROMPT, SAMPLE_METRICS, Metric, Recipe
+from pixart_jobs.recipe import SUITE_METRICS, Metric, Recipe
 from pixart_jobs.stage import StagePlan, average_of
-from pixart_jobs.suites import Outcomes, Suite
+from pixart_jobs.suites import Suite, Workers
 from pixart_jobs.workspace import Monitor, Workspace
 from pixart_models.autoencoder import load_autoencoder
 from pixart_models.drawing import Drawer
@@ -77,7 +78,7 @@ class Study(Section):
     points: int = Field(8, ge=2, le=1000)
     """How often quality is measured along a run, about; states of as many are kept."""
     target: dict[Metric, float] = Field(min_length=1)
-    """Quality whose compute is sought: ``digit_accuracy: 0.9``."""
+    """Quality whose compute is sought: ``digit_accuracy: 0.9``; of ``fid`` and ``kid``, at most."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Study":
@@ -127,11 +128,8 @@ class Point:
     """Since the first stage."""
     flops: float
     seconds: float
-    outcomes: Outcomes
-
-    def value(self, metric: str) -> float:
-        right, total = np.array(self.outcomes[metric], np.float64).sum(axis=0)
-        return float(right / total)
+    values: dict[str, float]
+    """By metric."""
 
 
 @dataclass(frozen=True)
@@ -152,33 +150,50 @@ class Outcome:
         return cls(**(document | {"points": points}))
 
 
-def read_study(name_or_path: str, read: ReadRecipe) -> tuple[Study, list[Run]]:
-    """A built-in study or a file's, and all its runs. Raises RecipeError, StudyError."""
+def read_study(
+    name_or_path: str, read: ReadRecipe, overrides: Sequence[str] = ()
+) -> tuple[Study, list[Run]]:
+    """A built-in study or a file's, and all its runs; ``overrides``, path=value, of all variants,
+    before what is their own. Raises RecipeError, StudyError."""
     path = find_file(name_or_path, STUDIES, "study")
     study = load_recipe(path, Study)
     base = str(path.parent / study.recipe) if Path(study.recipe).suffix else study.recipe
-    return study, [_make_run(study, v, s, base, read) for s in study.seeds for v in study.variants]
+    shared = [*_as_overrides(study.set), *overrides]
+    return study, [
+        _make_run(study, v, s, partial(read, base), shared)
+        for s in study.seeds for v in study.variants
+    ]  # fmt: skip
 
 
-def _make_run(study: Study, variant: str, seed: int, base: str, read: ReadRecipe) -> Run:
-    asked = study.set | study.variants[variant] | {"name": study.name, "seed": seed}
+def _as_overrides(settings: dict[str, Any]) -> list[str]:
+    return [f"{path}={json.dumps(value)}" for path, value in settings.items()]
+
+
+def _make_run(
+    study: Study, variant: str, seed: int, read: Callable[[Sequence[str]], Recipe],
+    shared: Sequence[str],
+) -> Run:  # fmt: skip
+    own = study.variants[variant] | {"name": study.name, "seed": seed}
     try:
-        recipe = read(base, [f"{path}={json.dumps(value)}" for path, value in asked.items()])
+        recipe = read([*shared, *_as_overrides(own)])
     except RecipeError as error:
         raise StudyError(f"variant {variant}: {error}") from error
-    suites = [name for name in recipe.suites if name != "fidelity"]
-    if not suites:
+    if not recipe.suites:
         raise StudyError(
-            f"variant {variant}: evaluate.suites = {list(recipe.suites)}: a study needs one that "
-            f"judges pictures one by one; write digits, crowds or prompts:FILE"
+            f"variant {variant}: evaluate.suites is empty: a study needs one; write digits, "
+            f"crowds, prompts:FILE or fidelity"
         )
-    known = SAMPLE_METRICS.get(suites[0])
-    others = (*NOT_BY_PROMPT, *SAMPLE_METRICS["crowds"])
-    if wrong := [m for m in study.target if (m not in known if known else m in others)]:
-        told = f"; it has {', '.join(known)}" if known else ""
+    suite = recipe.suites[0]
+    known = SUITE_METRICS.get(suite)
+    others = {m for metrics in SUITE_METRICS.values() for m in metrics}
+    missing = {"clip_score"} if suite == "fidelity" and not recipe.evaluate.clip else set()
+    if wrong := [
+        m for m in study.target if m in missing or (m not in known if known else m in others)
+    ]:
+        told = f"; it has {', '.join(m for m in known if m not in missing)}" if known else ""
         raise StudyError(
-            f"variant {variant}: target = {', '.join(wrong)}: is nothing that the suite "
-            f"{suites[0]} judges of each picture{told}"
+            f"variant {variant}: target = {', '.join(wrong)}: is nothing that the suite {suite} "
+            f"measures{told}"
         )
     if not any(stage.condition_on == "text" for stage in recipe.stages.values()):
         raise StudyError(f"variant {variant}: no stage learns from captions; there is none to ask")
@@ -197,7 +212,7 @@ def _make_run(study: Study, variant: str, seed: int, base: str, read: ReadRecipe
         "train.preview_every_images": max(s.images for s in recipe.stages.values()),
         "train.preview_prompts": [], "train.evaluate_images": 0,
     })  # fmt: skip
-    return Run(study.name, variant, seed, recipe, suites[0])
+    return Run(study.name, variant, seed, recipe, suite)
 
 
 def run_study(
@@ -222,7 +237,7 @@ def run_study(
                 except ray.exceptions.RayError:
                     monitor.note(f"{run.name} failed; {_folder(space, run) / _LOG} tells more")
                     raise
-                ends = {m: found.points[-1].value(m) for m in study.target}
+                ends = {m: found.points[-1].values[m] for m in study.target}
                 parent.log_metrics({f"{run.variant}_{m}": v for m, v in ends.items()}, run.seed)
                 told = ", ".join(f"{m} {value:.3f}" for m, value in ends.items())
                 monitor.note(f"{run.name}: {told} after {found.flops / 1e12:.4g} TFLOPs")
@@ -260,34 +275,50 @@ def _execute(
     store = run.recipe.data.store or str(space.root / "tables")
     recipe = change(run.recipe, {"data.store": store})
     tags = {"study": run.study, "variant": run.variant, "seed": str(run.seed)}
+    if recipe.evaluate.reference:
+        _open_suites(run, root, store)  # told before the work
     with TemporaryDirectory(prefix="pixart-study-") as scratch:  # this may be another node
         pipeline = Pipeline(
             recipe, Workspace.under(root, Path(scratch), space.tracking_uri),
             monitor_of(root / _LOG), Tracker(space.tracking_uri, parent), tags,
         )  # fmt: skip
         result = pipeline.run(promote_result=False)
-    place = root / f"measured-{_digest(run, result)}.json"
+    suites = _open_suites(run, root, store)
+    place = root / f"measured-{_digest(run, result, suites)}.json"
     if not place.exists():
-        outcome = _measure(run, result, pipeline)
+        outcome = _measure(run, result, pipeline, suites, root)
         write_atomic(place, json.dumps(asdict(outcome)).encode())
     return Outcome.load(json.loads(place.read_text()))
 
 
-def _digest(run: Run, result: Result) -> str:
+def _open_suites(run: Run, root: Path, store: str) -> dict[int, Suite]:
+    """By the side of the pictures that a stage draws."""
+    find = partial(find_tables, run.recipe, open_folder(store))
+    sides = {s.resolution for s in run.recipe.stages.values() if s.condition_on == "text"}
+    return {side: open_suite(run.suite, run.recipe, side, root, find) for side in sides}
+
+
+def _digest(run: Run, result: Result, suites: dict[int, Suite]) -> str:
     """Of everything that decides what is measured."""
-    recipe, last = run.recipe, result.stages[-1].plan
-    suite = open_suite(run.suite, recipe, last.settings.resolution, last.folder, dict)
+    recipe = run.recipe
     asked = {
-        "suite": f"{suite.name}/{suite.revision}", "settings": suite.settings,
-        "questions": _questions(suite, recipe.evaluate.seed),
+        "suites": [
+            [f"{suite.name}/{suite.revision}", suite.settings, _questions(suite, recipe)]
+            for suite in suites.values()
+        ],
         "draw": recipe.draw.model_dump(mode="json"), "kept": recipe.train.keep_every_images,
         "stages": [stage.plan.digest for stage in result.stages],
     }  # fmt: skip
     return digest_of(asked)
 
 
-def _measure(run: Run, result: Result, pipeline: Pipeline) -> Outcome:
+def _measure(
+    run: Run, result: Result, pipeline: Pipeline, suites: dict[int, Suite], root: Path
+) -> Outcome:
     """Ask every kept state of the stages that learn from captions, as many at once as fit."""
+    for suite in suites.values():
+        for _ in suite.prepare(open_folder(root), Workers.of(run.recipe)):
+            pass
     flops = seconds = 0.0
     images, asked = 0, []
     gpus = 1 if run.recipe.train.use_gpu else 0
@@ -296,19 +327,18 @@ def _measure(run: Run, result: Result, pipeline: Pipeline) -> Outcome:
         for seen in stage.plan.states.complete() if _draws_prompts(stage) else []:
             cost = (images + seen, flops + stage_flops(run.recipe, stage.plan.name, seen),
                     seconds + took * seen / stage.plan.num_images)  # fmt: skip
-            answer = _judge.options(num_gpus=gpus).remote(stage.plan, seen, run)
+            suite = suites[stage.plan.settings.resolution]
+            answer = _judge.options(num_gpus=gpus).remote(stage.plan, seen, run, suite, str(root))
             asked.append((stage, cost, answer))
         images += stage.plan.num_images
         flops += stage_flops(run.recipe, stage.plan.name)
         seconds += took
     points = []
     for stage, cost, answer in asked:
-        outcomes = ray.get(answer)
-        point = Point(stage.plan.name, *cost, outcomes)
+        point = Point(stage.plan.name, *cost, ray.get(answer))
         points.append(point)
-        metrics = {metric: point.value(metric) for metric in outcomes}
         tracker = Tracker(result.tracking_uri, stage.version.run_id)
-        tracker.log_metrics(metrics | {"train_tflops": point.flops / 1e12}, point.images)
+        tracker.log_metrics(point.values | {"train_tflops": point.flops / 1e12}, point.images)
     network = result.stages[-1].plan.snapshot.network
     facts = measure_density(result.tables["images"], result.tables["captions"])
     return Outcome(run.variant, run.seed, count_parameters(network), flops, seconds, facts, points)
@@ -319,17 +349,18 @@ def _draws_prompts(stage: StageResult) -> bool:
 
 
 @ray.remote(num_cpus=1)
-def _judge(plan: StagePlan, images_seen: int, run: Run) -> Outcomes:
-    """What a state's averaged weights draw of the suite's prompts, judged."""
+def _judge(
+    plan: StagePlan, images_seen: int, run: Run, suite: Suite, root: str
+) -> dict[str, float]:
+    """What a state's averaged weights draw of the suite's prompts, measured."""
     device, config, draw = choose_accelerator(), plan.snapshot, run.recipe.draw
     network = cast(PixArt, average_of(plan, plan.states.open(images_seen)).to(device))
     drawer = Drawer(
         config, network, load_autoencoder(config.autoencoder, str(device)),
         load_text_encoder(config.text_encoder, config.network.max_tokens, str(device)),
     )  # fmt: skip
-    suite = open_suite(run.suite, run.recipe, config.resolution, plan.folder, dict)
     judge, rows = suite.make_judge(), list[dict[str, Any]]()
-    prompts, seeds = _questions(suite, run.recipe.evaluate.seed)
+    prompts, seeds = _questions(suite, run.recipe)
     size = run.recipe.evaluate.batch_images
     for first in range(0, len(prompts), size):
         some = prompts[first : first + size]
@@ -338,10 +369,11 @@ def _judge(plan: StagePlan, images_seen: int, run: Run) -> Outcomes:
             guidance_rescale=draw.guidance_rescale,
         )  # fmt: skip
         rows += [{"seen": seen, "features": data} for seen, data in judge(list(pictures), some)]
-    return suite.measure(rows, open_folder(plan.folder)).outcomes
+    figures = suite.measure(rows, open_folder(root)).figures
+    return {metric: f.value for metric, f in figures.items() if metric != "reader_accuracy"}
 
 
-def _questions(suite: Suite, seed: int) -> tuple[list[str], list[int]]:
+def _questions(suite: Suite, recipe: Recipe) -> tuple[list[str], list[int]]:
     """Prompts and seeds, the same as an evaluation's."""
-    prompts = [prompt for prompt in suite.prompts for _ in range(suite.copies)]
+    prompts, seed = [p for p in suite.prompts for _ in range(suite.copies)], recipe.evaluate.seed
     return prompts, [derive_seed(seed, "evaluate", i) for i in range(len(prompts))]

@@ -189,13 +189,13 @@ _SHARED_METRICS = (
     "digit_accuracy", "color_accuracy", "relation_accuracy", "count_accuracy",
     "seen_pair_accuracy", "unseen_pair_accuracy",
 )  # fmt: skip
-SAMPLE_METRICS = {
+SUITE_METRICS = {
     "digits": _SHARED_METRICS,
     "crowds": (*_SHARED_METRICS, "place_accuracy", "attribute_accuracy"),
+    "fidelity": ("fid", "kid", "precision", "recall", "clip_score"),
 }
-"""Figures of each picture that the suites of sample scenes have."""
-NOT_BY_PROMPT = ("reader_accuracy", "fid", "kid", "precision", "recall", "clip_score")
-_METRICS = SAMPLE_METRICS["crowds"] + NOT_BY_PROMPT
+"""What suites measure; those of prompts:FILE are named by the file."""
+_METRICS = (*SUITE_METRICS["crowds"], "reader_accuracy", *SUITE_METRICS["fidelity"])
 _FILE_METRIC = re.compile(r"[a-z0-9-]+_[A-Za-z0-9_-]+")
 
 

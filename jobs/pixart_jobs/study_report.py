@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from pixart_jobs.ablation import Outcome, Point, Study
-from pixart_jobs.certainty import CONFIDENCE, Difference, Figure, holm
+from pixart_jobs.certainty import CONFIDENCE, LOWER_IS_BETTER, Difference, Figure, holm
 from pixart_jobs.page import Line, document, line_chart, table
 
 _T = 1e12
@@ -63,7 +63,7 @@ def summarize(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
     names = [study.reference, *(v for v in study.variants if v != study.reference)]
     sides = {v: [o for o in outcomes if o.variant == v] for v in names}
     base = sides[study.reference]
-    asked = [(v, m) for v in names[1:] for m in base[0].points[-1].outcomes]
+    asked = [(v, m) for v in names[1:] for m in base[0].points[-1].values]
     found = {(v, m): _differ(base, sides[v], m) for v, m in asked}
     corrected = dict(zip(found, holm([d.p for d in found.values()]), strict=True))
     return [
@@ -71,8 +71,8 @@ def summarize(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
             variant, mine[0].parameters, _mean([o.flops for o in mine]),
             _mean([o.seconds for o in mine]),
             {key: _mean([o.facts[key] for o in mine]) for key in mine[0].facts},
-            {m: interval([o.points[-1].value(m) for o in mine])
-             for m in mine[0].points[-1].outcomes},
+            {m: interval([o.points[-1].values[m] for o in mine])
+             for m in mine[0].points[-1].values},
             {m: Difference(d.value, d.low, d.high, corrected[v, m])
              for (v, m), d in found.items() if v == variant},
             {m: _reach_all(mine, m, goal) for m, goal in study.target.items()},
@@ -98,17 +98,19 @@ def reach(points: Sequence[Point], metric: str, goal: float) -> Point | None:
 
     The first point, if it is there already: an upper bound. None if no point is.
     """
-    if points[0].value(metric) >= goal:
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    goal *= sign
+    if sign * points[0].values[metric] >= goal:
         return points[0]
     for before, after in pairwise(points):
-        low, high = before.value(metric), after.value(metric)
+        low, high = sign * before.values[metric], sign * after.values[metric]
         if low < goal <= high:
             share = (goal - low) / (high - low)
             flops, seconds = (
                 math.exp((1 - share) * math.log(a) + share * math.log(b))
                 for a, b in ((before.flops, after.flops), (before.seconds, after.seconds))
             )
-            return Point(after.stage, after.images, flops, seconds, after.outcomes)
+            return Point(after.stage, after.images, flops, seconds, after.values)
     return None
 
 
@@ -117,7 +119,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _differ(base: Sequence[Outcome], mine: Sequence[Outcome], metric: str) -> Difference:
-    gaps = [b.points[-1].value(metric) - a.points[-1].value(metric)
+    gaps = [b.points[-1].values[metric] - a.points[-1].values[metric]
             for a, b in zip(base, mine, strict=True)]  # fmt: skip
     found = interval(gaps)
     alike = len(set(gaps)) == 1
@@ -159,7 +161,7 @@ def as_document(study: Study, rows: Sequence[Row], outcomes: Sequence[Outcome]) 
         "runs": [
             asdict(o) | {"points": [
                 {"stage": p.stage, "images": p.images, "flops": p.flops, "seconds": p.seconds}
-                | {metric: p.value(metric) for metric in p.outcomes}
+                | p.values
                 for p in o.points
             ]}
             for o in outcomes
@@ -186,7 +188,7 @@ def print_rows(study: Study, rows: Sequence[Row]) -> str:
         )
         lines += [f"  {name:<22} {_show(figure)}" + _against(row, name)
                   for name, figure in row.final.items()]  # fmt: skip
-        lines += [f"  {f'{metric} >= {goal:g}':<22} {_told(study, row, metric)}"
+        lines += [f"  {_goal(metric, goal):<22} {_told(study, row, metric)}"
                   for metric, goal in study.target.items()]  # fmt: skip
     return "\n".join(lines)
 
@@ -202,7 +204,7 @@ def render(study: Study, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> st
          *(html.escape(_show(row.final[m]) + _against(row, m)) for m in metrics)]
         for row in rows
     ]  # fmt: skip
-    goals = [f"{metric} >= {goal:g}" for metric, goal in study.target.items()]
+    goals = [_goal(metric, goal) for metric, goal in study.target.items()]
     compute = [
         [f"<b>{html.escape(row.variant)}</b>",
          *(html.escape(_told(study, row, metric)) for metric in study.target)]
@@ -233,10 +235,14 @@ def render(study: Study, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> st
 def _chart(outcomes: Sequence[Outcome], metric: str) -> str:
     end = max(o.flops for o in outcomes) / _T
     lines = [
-        Line(f"{o.variant}, seed {o.seed}", [(p.flops / _T, p.value(metric)) for p in o.points])
+        Line(f"{o.variant}, seed {o.seed}", [(p.flops / _T, p.values[metric]) for p in o.points])
         for o in outcomes
     ]
     return f"<h2>{html.escape(metric.replace('_', ' '))}</h2>{line_chart(lines, end, 'TFLOPs')}"
+
+
+def _goal(metric: str, goal: float) -> str:
+    return f"{metric} {'<=' if metric in LOWER_IS_BETTER else '>='} {goal:g}"
 
 
 def _show(figure: Figure, scale: float = 1.0) -> str:

@@ -94,7 +94,7 @@ def run_peer(name: str, seed: int, root: Path) -> Outcome:
 def peer_outcome(name: str, seed: int, lines: list[Figures]) -> Outcome:
     points = [
         Point("all", line["images"], line["tflops"] * 1e12, line["seconds"],
-              {m: [[value, 1]] for m, value in line.items() if m.endswith("_accuracy")})
+              {m: value for m, value in line.items() if m.endswith("_accuracy")})
         for line in lines
     ]  # fmt: skip
     last = points[-1]
@@ -107,7 +107,7 @@ def our_outcomes(told: Figures) -> Iterator[Outcome]:
         if run["variant"] == OURS:
             points = [
                 Point(p["stage"], p["images"], p["flops"], p["seconds"],
-                      {m: [[value, 1]] for m, value in p.items() if m.endswith("_accuracy")})
+                      {m: value for m, value in p.items() if m.endswith("_accuracy")})
                 for p in run["points"]
             ]  # fmt: skip
             yield replace(Outcome.load(run | {"points": []}), points=points, facts={})
