@@ -97,7 +97,7 @@ class RawCaptioner:
     """Keeps the raw caption and needs no images; where those are good, and as a baseline."""
 
     name = RAW
-    revision = "2"
+    revision = "1"
 
     def caption(
         self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]

@@ -26,9 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "cyan": (40, 210, 220),
     "white": (235, 235, 235),
 }
-_FEATURE_SIDE = 12  # pixels; a crop is scaled to this before it is classified
-_FINER, _FINE_SIDE = 3, 100  # small pictures are enlarged, so that crops end between their pixels
-_SCAN_SIDE = 26  # pixels that scans are bent at
+_FEATURE_SIDE = 10  # pixels; a crop is scaled to this before it is classified
 _PAIR_EXTENT = 0.63  # of the picture: no single digit of the set is drawn wider or taller
 
 
@@ -115,23 +113,17 @@ def _box(ink: NDArray[np.float32]) -> tuple[slice, slice]:
 
 def _features(ink: NDArray[np.float32]) -> NDArray[np.float32]:
     """One digit's strokes, cropped, centred in a square and scaled to a fixed small size."""
-    if max(ink.shape) < _FINE_SIDE:
-        ink = _resize(ink, ink.shape[0] * _FINER, ink.shape[1] * _FINER)
     crop = ink[_box(ink)]
     side = max(crop.shape)
     square = np.zeros((side, side), np.float32)
     top, left = (side - crop.shape[0]) // 2, (side - crop.shape[1]) // 2
     square[top : top + crop.shape[0], left : left + crop.shape[1]] = crop / max(crop.max(), 1e-6)
-    return _resize(square, _FEATURE_SIDE, _FEATURE_SIDE, Image.Resampling.BOX).reshape(-1)
-
-
-def _resize(
-    values: NDArray[np.float32], height: int, width: int,
-    resampling: Image.Resampling = Image.Resampling.BICUBIC,
-) -> NDArray[np.float32]:  # fmt: skip
-    """Of 0-1, in steps of 1/255."""
-    image = Image.fromarray((values * 255).astype(np.uint8)).resize((width, height), resampling)
-    return np.asarray(image, np.float32) / np.float32(255)
+    small = Image.fromarray((square * 255).astype(np.uint8)).resize(
+        (_FEATURE_SIDE, _FEATURE_SIDE),
+        Image.Resampling.BOX if side > 12 else Image.Resampling.BILINEAR,
+    )
+    features: NDArray[np.float32] = np.asarray(small, np.float32).reshape(-1) / np.float32(255)
+    return features
 
 
 def _name_color(image: NDArray[np.uint8], ink: NDArray[np.float32]) -> str:
@@ -144,17 +136,16 @@ def _name_color(image: NDArray[np.uint8], ink: NDArray[np.float32]) -> str:
     return list(COLORS)[int(similarity.argmax())]
 
 
-def _bend(scan: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+def _bend(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """A digit as another hand might have written it: turned, sheared and stretched a little."""
-    big = Image.fromarray((np.pad(scan, 3) * 255).astype(np.uint8))
+    big = Image.fromarray(np.pad(np.asarray(image), 3))
     turn, shear = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.2, 0.2)
     stretch = np.diag(1 + rng.uniform(-0.1, 0.1, 2))
     matrix = np.array([[np.cos(turn), shear - np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix = matrix @ stretch
     middle = np.full(2, big.width / 2)
     rows = np.column_stack([matrix, middle - matrix @ middle]).reshape(-1).tolist()
-    bent = big.transform(big.size, Image.Transform.AFFINE, rows, Image.Resampling.BICUBIC)
-    return np.asarray(bent, np.float32) / np.float32(255)
+    return big.transform(big.size, Image.Transform.AFFINE, rows, Image.Resampling.BICUBIC)
 
 
 def _split_pair(ink: NDArray[np.float32], axis: int) -> int:
@@ -178,12 +169,13 @@ class DigitReader:
         scans, labels = load_scans(split)
         rng = np.random.default_rng(seed)
         features, targets = [], []
-        for size in (9, 13, 20):  # what scenes of 32 and 48 pixels show, in pixels
+        for size in (14, 20, 26):  # the sizes at which scenes of 32 and 48 pixels show digits
             for scan, label in zip(scans, labels, strict=True):
-                big = _resize(scan, _SCAN_SIDE, _SCAN_SIDE)
+                big = Image.fromarray((scan * 255).astype(np.uint8)).resize(
+                    (size, size), Image.Resampling.BICUBIC
+                )
                 for shown in (big, *(_bend(big, rng) for _ in range(bends))):
-                    side = round(len(shown) * size / _SCAN_SIDE)
-                    noisy = _resize(shown, side, side) + rng.normal(0, 0.03, (side, side))
+                    noisy = np.asarray(shown, np.float32) / 255 + rng.normal(0, 0.03, shown.size)
                     features.append(_features(np.pad(np.clip(noisy, 0, 1), 2).astype(np.float32)))
                     targets.append(label)
         self._classifier: Any = SVC(C=10, gamma="scale").fit(np.stack(features), np.array(targets))
