@@ -262,7 +262,7 @@ def test_a_study_of_any_folder_is_run_once_and_compared(tmp_path: Path) -> None:
         assert flops == sorted(flops)
         assert flops[-1] == pytest.approx(made["flops"])
     tables = list((tmp_path / "study" / "tables").iterdir())
-    assert len(tables) == 5, "both read the same"
+    assert len(tables) == 6, "both read the same"
     assert flow["points"][0].keys() > {"fid", "kid", "precision", "recall"}
     assert told["rows"][0]["reached"]["kid"]["count"] == 1
     again = run(*asked)
