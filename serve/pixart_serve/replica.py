@@ -44,7 +44,7 @@ class Replica:
         model_name: str,
         default_steps: int,
         default_guidance: float,
-        default_guidance_rescale: float,
+        default_guidance_rescale: float = 0.0,
     ) -> None:
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._settings = settings
