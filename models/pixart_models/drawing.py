@@ -285,8 +285,9 @@ def predict(
         return conditional
     others = conditional.index_copy(0, again, unconditional)  # itself where there is no guidance
     output = guide(conditional, others, upload(torch.tensor(scale)))
-    if lines is None or not any(shares):
+    if not any(shares):
         return output
+    assert lines is not None, "rescaling needs the solver's lines"
     return rescale(x, conditional, output, lines, torch.tensor(shares))
 
 

@@ -1,6 +1,6 @@
 """The outside yardsticks of bench_proof: diffusers' own classes in its own training loop.
 
-    python tests/benchmarks/proof_peers.py NAME --tflops N [--seed 0] [--points 8]
+    python tests/benchmarks/proof_peers.py NAME --tflops N [--task crowds] [--seed 0] [--points 8]
 
 The loop is that of diffusers' text-to-image example, on latents in memory: DDPM noise, timesteps
 drawn evenly, squared error of epsilon, AdamW with constant rate after warm-up, EMAModel; pictures
@@ -35,18 +35,25 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_cluster.recipe import read_recipe
+from pixart_jobs.crowd_scenes import compose_crowd
 from pixart_jobs.encode import fit
+from pixart_jobs.evaluate import open_suite
 from pixart_jobs.recipe import Recipe
 from pixart_jobs.scenes import compose_scene
-from pixart_jobs.suites import DigitsSuite, Picture
+from pixart_jobs.suites import Picture
 from pixart_models.autoencoder import Autoencoder, load_autoencoder, sample_moments
 from pixart_models.buckets import Size
 from pixart_models.config import get_preset
+from pixart_models.crowds import describe_crowd
 from pixart_models.digits import describe
 from pixart_models.text import TextEncoder, load_text_encoder
 from pixart_platform.seeds import derive_seed
 from pixart_platform.storage import LocalFolder
 
+TASKS: dict[str, tuple[Any, Any, str]] = {
+    "digits": (compose_scene, describe, "digit_accuracy"),
+    "crowds": (compose_crowd, describe_crowd, "attribute_accuracy"),
+}
 PAPER_GUIDANCE = 4.5
 PAPER_WIDTH, PAPER_BATCH = (
     1152,
@@ -113,14 +120,15 @@ class Data:
             recipe.encode.text_encoder, recipe.encode.max_tokens
         )
         side = recipe.stages["align"].resolution
-        scenes = [compose_scene(i, seed=seed) for i in range(recipe.data.num_scenes)]
+        compose, say, _ = TASKS[recipe.data.source]
+        scenes = [compose(i, seed=seed) for i in range(recipe.data.num_scenes)]
         moments, self.features = [], list[Tensor]()
         for first in range(0, len(scenes), 64):
             some = scenes[first : first + 64]
             pixels = np.stack([fit(scene.image, Size(side, side)) for scene in some])
             batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
             moments.append(self.autoencoder.encode(batch))
-            self.features += self.texts.encode([describe(scene.reading) for scene in some])
+            self.features += self.texts.encode([say(scene.reading) for scene in some])
         self.moments = torch.cat(moments)
 
 
@@ -169,7 +177,8 @@ def draw(network: Any, data: Data, prompts: Sequence[str], seeds: Sequence[int],
 
 def measure(network: Any, data: Data, recipe: Recipe) -> dict[str, float]:
     """The suite's figures at the better of two guidances."""
-    suite = DigitsSuite(recipe.evaluate.num_prompts, recipe.evaluate.seed)
+    suite = open_suite(recipe.suites[0], recipe, 0, Path("unused"), dict)
+    target = TASKS[recipe.data.source][2]
     judge, best = suite.make_judge(), dict[str, float]()
     seeds = [derive_seed(recipe.evaluate.seed, "evaluate", i) for i in range(len(suite.prompts))]
     for guidance in (recipe.draw.guidance, PAPER_GUIDANCE):
@@ -182,7 +191,7 @@ def measure(network: Any, data: Data, recipe: Recipe) -> dict[str, float]:
         outcomes = suite.measure(rows, LocalFolder(Path("unused"))).outcomes
         found = {m: float(np.divide(*np.array(pairs, float).sum(axis=0)))
                  for m, pairs in outcomes.items()}  # fmt: skip
-        if found["digit_accuracy"] >= best.get("digit_accuracy", 0):
+        if found[target] >= best.get(target, 0):
             best = found | {"guidance": guidance}
     return best
 
@@ -242,10 +251,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("peer", choices=["diffusers", "diffusers-tuned", "unet"])
     parser.add_argument("--tflops", type=float, required=True)
+    parser.add_argument("--task", choices=[*TASKS], default="digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", type=int, default=8)
     told = parser.parse_args()
-    for point in train(told.peer, read_recipe("digits"), told.seed, told.tflops, told.points):
+    for point in train(told.peer, read_recipe(told.task), told.seed, told.tflops, told.points):
         print(json.dumps(point), flush=True)
 
 
