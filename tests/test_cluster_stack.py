@@ -11,12 +11,16 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
 import yaml
 from processes import MINI, PIXART, REPOSITORY, count_alive, family, start, wait_for
 from serving_load import free_port
+
+from pixart_cluster import stack as stacks
+from pixart_cluster.server import ServerError
 
 pytestmark = pytest.mark.slow
 
@@ -175,3 +179,18 @@ def test_down_ends_an_up_that_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert made.process.wait(60) == 0
     assert count_alive(everyone) == 0
+
+
+def test_a_ray_that_ends_is_started_again_and_told_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "_STARTS", 2)
+    log = tmp_path / "ray.log"
+    with (
+        TemporaryDirectory() as folder,  # a socket's path is limited to 107 bytes
+        socket.create_server(("127.0.0.1", 0)) as other,  # took the port after it was looked at
+    ):
+        ports = stacks.Ports(ray=free_port(), dashboard=other.getsockname()[1])
+        with pytest.raises(ServerError, match=r"did not start .*already occupied.*ray\.log"):
+            stacks._start_ray(log, ports, folder, dict(os.environ))
+    assert log.read_text().count("Traceback") == 2

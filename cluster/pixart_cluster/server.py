@@ -89,7 +89,8 @@ def wait_for_answer(url: str, server: "subprocess.Popen[bytes]", log: Path, name
             return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.2)
-    raise ServerError(f"{name} did not start on {url}; see {log}")
+    last = log.read_text(errors="replace").rstrip().rpartition("\n")[2].strip()
+    raise ServerError(f"{name} did not start on {url} ({last or 'it said nothing'}); see {log}")
 
 
 def stop_session(server: "subprocess.Popen[bytes]") -> None:

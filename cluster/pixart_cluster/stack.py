@@ -38,6 +38,7 @@ from pixart_platform.tracking import sqlite_uri
 
 _NOTE, _TOKEN, _ENVIRONMENT = "up.json", "ray.token", "environment.sh"
 _STOP_SECONDS = 60.0
+_STARTS = 3  # of Ray: its agent must be there in 20 seconds, and a port may be taken meanwhile
 
 
 @dataclass(frozen=True)
@@ -171,32 +172,54 @@ def _ray_head(
         f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs' python is ours
     )
     log = root / "logs" / "ray.log"
-    with log.open("wb") as output:
-        head = subprocess.Popen(
-            [
-                Path(sys.executable).parent / "ray", "start", "--head", "--block",
-                "--node-ip-address", HOST, "--port", str(ports.ray),
-                "--dashboard-host", HOST, "--dashboard-port", str(ports.dashboard),
-                # Ray's own choice is one per machine: beside another Ray, whoever submits would be
-                # told "No available agent" for ever, or the head would end.
-                "--dashboard-agent-listen-port", "0",
-                "--ray-client-server-port", str(free_port()),
-                "--num-cpus", str(max(MIN_CPUS, os.cpu_count() or 1)),
-                "--temp-dir", f"{scratch}/ray", "--disable-usage-stats",
-            ],
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=inherited | environment,
-        )  # fmt: skip
+    head = _start_ray(log, ports, f"{scratch}/ray", inherited | environment)
     try:
-        wait_for_answer(f"http://{HOST}:{ports.dashboard}/api/version", head, log, "Ray")
         yield
     finally:
-        below = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-        stop_session(head)
-        psutil.wait_procs(below, 5)
-        for process in below:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _stop_ray(head)
+
+
+def _start_ray(
+    log: Path, ports: Ports, folder: str, environment: dict[str, str]
+) -> "subprocess.Popen[bytes]":
+    """Ray's head, started again if it ends by itself; raises ServerError if it always does."""
+    log.unlink(missing_ok=True)
+    for left in reversed(range(_STARTS)):
+        with log.open("ab") as output:
+            head = subprocess.Popen(
+                [
+                    Path(sys.executable).parent / "ray", "start", "--head", "--block",
+                    "--node-ip-address", HOST, "--port", str(ports.ray),
+                    "--include-dashboard", "true",  # or none: one that fails is left out
+                    "--dashboard-host", HOST, "--dashboard-port", str(ports.dashboard),
+                    # Ray's own choice is one per machine: beside another Ray, whoever submits would
+                    # be told "No available agent" for ever, or the head would end.
+                    "--dashboard-agent-listen-port", "0",
+                    "--ray-client-server-port", str(free_port()),
+                    "--num-cpus", str(max(MIN_CPUS, os.cpu_count() or 1)),
+                    "--temp-dir", folder, "--disable-usage-stats",
+                ],
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+            )  # fmt: skip
+        try:
+            wait_for_answer(f"http://{HOST}:{ports.dashboard}/api/version", head, log, "Ray")
+        except BaseException as error:
+            ended = head.poll() is not None
+            _stop_ray(head)
+            if not (left and ended and isinstance(error, ServerError)):
+                raise
+        else:
+            break
+    return head
+
+
+def _stop_ray(head: "subprocess.Popen[bytes]") -> None:
+    below = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+    stop_session(head)
+    psutil.wait_procs(below, 5)
+    for process in below:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @contextmanager
