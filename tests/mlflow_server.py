@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 import pytest
-from serving_load import free_port
 
+from pixart_cluster.server import free_port
 from pixart_platform.tracking import quiet_mlflow, sqlite_uri
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ in a closed loop a fixed number of them ask again as soon as they were answered.
 
 import asyncio
 import random
-import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -141,14 +140,6 @@ def quantile(values: Sequence[float], share: float) -> float:
     """Of sorted values the one at ``share``; infinite when there are none."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("inf")
-
-
-def free_port() -> int:
-    """Of this machine, that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @dataclass

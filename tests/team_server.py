@@ -25,7 +25,8 @@ from pathlib import Path
 import psycopg2
 import pytest
 from processes import REPOSITORY, stop_group
-from serving_load import free_port
+
+from pixart_cluster.server import free_port
 
 ADMIN = "admin"
 _START_SECONDS = 120.0

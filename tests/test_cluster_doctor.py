@@ -20,7 +20,7 @@ import pytest
 from chaos_s3 import ChaosS3, endpoint
 from mlflow_server import MlflowServer
 from processes import PIXART, kill_family
-from serving_load import free_port, register_models
+from serving_load import register_models
 from typer.testing import CliRunner
 
 from pixart_cluster import machine_checks as machine
@@ -29,6 +29,7 @@ from pixart_cluster.cli import cli
 from pixart_cluster.doctor import gather, make_checks
 from pixart_cluster.machine_checks import Finding
 from pixart_cluster.recipe import read_recipe
+from pixart_cluster.server import free_port
 from pixart_jobs.planner import make_plan
 from pixart_platform.storage import Folder
 

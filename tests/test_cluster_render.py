@@ -19,12 +19,13 @@ import yaml
 from kubernetes_schemas import validate
 from processes import wait_for
 from ray.serve.schema import ServeDeploySchema
-from serving_load import free_port, register_models
+from serving_load import register_models
 
 from pixart_cluster.kuberay import ray_service
 from pixart_cluster.local import local_ray
 from pixart_cluster.recipe import FullRecipe, read_recipe
 from pixart_cluster.render import serve_config
+from pixart_cluster.server import free_port
 from pixart_platform.errors import RecipeError
 from pixart_serve.app import Deployed, ServiceError, deploy
 

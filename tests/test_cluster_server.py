@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from processes import count_alive, family, run, start, wait_for
-from serving_load import free_port, register_models
+from serving_load import register_models
+
+from pixart_cluster.server import free_port
 
 pytestmark = pytest.mark.slow
 

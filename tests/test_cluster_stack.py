@@ -17,10 +17,9 @@ import psutil
 import pytest
 import yaml
 from processes import MINI, PIXART, REPOSITORY, count_alive, family, start, wait_for
-from serving_load import free_port
 
 from pixart_cluster import stack as stacks
-from pixart_cluster.server import ServerError
+from pixart_cluster.server import ServerError, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -192,5 +191,5 @@ def test_a_ray_that_ends_is_started_again_and_told_why(
     ):
         ports = stacks.Ports(ray=free_port(), dashboard=other.getsockname()[1])
         with pytest.raises(ServerError, match=r"did not start .*already occupied.*ray\.log"):
-            stacks._start_ray(log, ports, folder, dict(os.environ))
+            stacks._start_ray(log, ports, folder, {})
     assert log.read_text().count("Traceback") == 2

@@ -18,9 +18,10 @@ import processes
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from scipy import stats
-from serving_load import Models, free_port, register_models
+from serving_load import Models, register_models
 from test_cluster_versions import type_in
 
+from pixart_cluster.server import free_port
 from pixart_jobs.preference import PreferenceError
 from pixart_platform.errors import RegistryError
 from pixart_platform.tracking import read_file, read_run

@@ -1,7 +1,6 @@
 """Runs and the registry, on one real MLflow store."""
 
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from builders import write_table
 from mlflow import MlflowClient
 from processes import wait_for
 
+from pixart_cluster.server import free_port
 from pixart_platform.errors import PixartError, RegistryError, TrackingError
 from pixart_platform.manifest import FileRecord, Manifest
 from pixart_platform.registry import Registry
@@ -316,10 +316,11 @@ def test_closing_gives_up_on_a_server_that_stays_away(server: "MlflowServer") ->
 
 
 def test_a_server_that_is_not_there_is_named_in_one_line_without_its_password(
-    monkeypatch: pytest.MonkeyPatch, free_port: int
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = Tracker(f"http://ada:s3cret@127.0.0.1:{free_port}", "run")
+    port = free_port()
+    tracker = Tracker(f"http://ada:s3cret@127.0.0.1:{port}", "run")
     for call in (
         lambda: tracker.log_metrics({"loss": 1.0}, 7),
         lambda: tracker.history("loss"),
@@ -328,15 +329,7 @@ def test_a_server_that_is_not_there_is_named_in_one_line_without_its_password(
         with pytest.raises(TrackingError) as caught:
             call()
         message = str(caught.value)
-        assert message.startswith(f"MLflow at http://ada:***@127.0.0.1:{free_port}: ")
+        assert message.startswith(f"MLflow at http://ada:***@127.0.0.1:{port}: ")
         assert "Connection refused" in message
         assert "s3cret" not in message
         assert "\n" not in message
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port

@@ -20,10 +20,10 @@ from mlflow.entities import Run
 from openai import OpenAI
 from PIL import Image
 from processes import MINI, count_alive, family, run, start, wait_for
-from serving_load import free_port
 from team_server import ADMIN, TeamServer, postgres, team_mlflow
 
 from pixart_cluster.recipe import read_recipe
+from pixart_cluster.server import free_port
 from pixart_cluster.service_checks import check_mlflow
 from pixart_platform.errors import RegistryError
 from pixart_platform.manifest import load_manifest

@@ -72,7 +72,9 @@ def stack(root: Path, ports: Ports, *, with_s3: bool) -> Iterator[list[str]]:
         if with_s3:
             environment |= running.enter_context(_s3_server(root, ports.s3))
         address = running.enter_context(mlflow_server(root, ports.mlflow))
-        running.enter_context(_ray_head(root, ports, scratch, environment))
+        _write_secret(root / _TOKEN, secrets.token_hex(32))
+        head = _start_ray(root / "logs" / "ray.log", ports, f"{scratch}/ray", environment)
+        running.callback(_stop_ray, head)
         _write_note(root, scratch, [p.pid for p in [_me(), *_me().children(recursive=True)]])
         environment |= {
             "RAY_ADDRESS": f"{HOST}:{ports.ray}",
@@ -159,30 +161,15 @@ def _write_secret(path: Path, text: str) -> None:
         file.write(text)
 
 
-@contextmanager
-def _ray_head(
-    root: Path, ports: Ports, scratch: str, environment: dict[str, str]
-) -> Iterator[None]:
-    _write_secret(root / _TOKEN, secrets.token_hex(32))
-    inherited = {
-        name: value for name, value in os.environ.items()
-        if not name.startswith("RAY_AUTH_") and name != "RAY_ADDRESS"
-    }  # fmt: skip
-    inherited["PATH"] = (
-        f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs' python is ours
-    )
-    log = root / "logs" / "ray.log"
-    head = _start_ray(log, ports, f"{scratch}/ray", inherited | environment)
-    try:
-        yield
-    finally:
-        _stop_ray(head)
-
-
 def _start_ray(
     log: Path, ports: Ports, folder: str, environment: dict[str, str]
 ) -> "subprocess.Popen[bytes]":
     """Ray's head, started again if it ends by itself; raises ServerError if it always does."""
+    inherited = {
+        name: value for name, value in os.environ.items()
+        if not name.startswith("RAY_AUTH_") and name != "RAY_ADDRESS"
+    }  # fmt: skip
+    inherited["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs' python
     log.unlink(missing_ok=True)
     for left in reversed(range(_STARTS)):
         with log.open("ab") as output:
@@ -199,14 +186,15 @@ def _start_ray(
                     "--num-cpus", str(max(MIN_CPUS, os.cpu_count() or 1)),
                     "--temp-dir", folder, "--disable-usage-stats",
                 ],
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env=inherited | environment,
             )  # fmt: skip
         try:
             wait_for_answer(f"http://{HOST}:{ports.dashboard}/api/version", head, log, "Ray")
         except BaseException as error:
-            ended = head.poll() is not None
+            is_over = head.poll() is not None and isinstance(error, ServerError)
             _stop_ray(head)
-            if not (left and ended and isinstance(error, ServerError)):
+            if not (left and is_over):
                 raise
         else:
             break

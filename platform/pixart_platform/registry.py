@@ -7,8 +7,9 @@ can tell that the bytes are the ones that were registered. Weights never pass th
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -27,6 +28,7 @@ _JOURNAL = ".moves"
 _ENTRY = "entry"  # a tag
 _ATTEMPTS = 6
 PARENT_TAG = "parent_version"  # the number of the version it was trained from
+_reachable = partial(reachable, what="the registry", kind=RegistryError)
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -84,10 +86,6 @@ class Version:
             yield
         except ManifestError as error:
             raise RegistryError(f"{self.name} version {self.number}: {error}") from error
-
-
-def _reachable(uri: str) -> AbstractContextManager[None]:
-    return reachable(uri, "the registry", RegistryError)
 
 
 class Registry:

@@ -50,19 +50,14 @@ def connect(uri: str) -> "MlflowClient":
     quiet_mlflow()
     from mlflow import MlflowClient
 
-    with _reachable(uri):
+    with reachable(uri):
         return MlflowClient(uri)
 
 
 @contextmanager
-def _reachable(uri: str) -> Iterator[None]:
-    """Turn what MLflow and its database raise when they cannot answer into a TrackingError."""
-    with reachable(uri, "MLflow", TrackingError):
-        yield
-
-
-@contextmanager
-def reachable(uri: str, what: str, kind: type[PixartError]) -> Iterator[None]:
+def reachable(
+    uri: str, what: str = "MLflow", kind: type[PixartError] = TrackingError
+) -> Iterator[None]:
     """What MLflow and its database raise when they cannot answer becomes one line of ``kind``."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -119,7 +114,7 @@ class Tracker:
         from mlflow.entities import Param
 
         client = connect(uri)
-        with _reachable(uri):
+        with reachable(uri):
             found = client.get_experiment_by_name(experiment)
             remote = uri.startswith(("http://", "https://"))  # a server has a place of its own
             location = None if remote else (artifacts / "artifacts").as_uri()
@@ -146,7 +141,7 @@ class Tracker:
     @property
     def began(self) -> float:
         """When the run was first started, in Unix seconds."""
-        with _reachable(self.uri):
+        with reachable(self.uri):
             return float(self._client.get_run(self.run_id).info.start_time) / 1000
 
     def log_metrics(self, metrics: Mapping[str, float], images_seen: int) -> None:
@@ -155,7 +150,7 @@ class Tracker:
 
         now = int(time.time() * 1000)
         entities = [Metric(k, float(v), now, images_seen) for k, v in metrics.items()]
-        with _reachable(self.uri):
+        with reachable(self.uri):
             self._client.log_batch(self.run_id, metrics=entities)
 
     def catch_up(self, history: Iterable[Point]) -> None:
@@ -172,7 +167,7 @@ class Tracker:
 
     def log_image(self, image: Any, key: str, images_seen: int) -> None:
         """A picture (H, W, 3) uint8 under ``key``, for MLflow's image grid."""
-        with _reachable(self.uri):
+        with reachable(self.uri):
             self._client.log_image(self.run_id, image, key=key, step=images_seen, synchronous=True)
 
     def log_table(self, table: Table, context: str) -> None:
@@ -182,35 +177,35 @@ class Tracker:
         place = json.dumps({"uri": table.folder.uri})
         dataset = Dataset(table.folder.name, table.digest, "local", place)
         tag = InputTag("mlflow.data.context", context)
-        with _reachable(self.uri):
+        with reachable(self.uri):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
 
     def log_file(self, path: Path) -> None:
         """Keep a file with this run, under its name."""
-        with _reachable(self.uri):
+        with reachable(self.uri):
             self._client.log_artifact(self.run_id, str(path))
 
     def log_text(self, text: str, name: str) -> None:
         """Keep a text with this run, as file ``name``."""
-        with _reachable(self.uri):
+        with reachable(self.uri):
             self._client.log_text(self.run_id, text, name)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        with _reachable(self.uri):
+        with reachable(self.uri):
             self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """(images seen, value) of a metric, in order; a repeated step keeps its last value."""
-        with _reachable(self.uri):
+        with reachable(self.uri):
             found = self._client.get_metric_history(self.run_id, metric)
         points = {m.step: m.value for m in found}
         return sorted(points.items())
 
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run: FINISHED, FAILED or KILLED."""
-        with _reachable(self.uri):
+        with reachable(self.uri):
             self._client.set_terminated(self.run_id, status)
 
 
@@ -225,7 +220,7 @@ def _process(process: psutil.Process) -> str:
 
 def bury(uri: str, experiment: str) -> list[str]:
     """Mark runs KILLED whose process is gone from this machine; returns their ids."""
-    with _reachable(uri):
+    with reachable(uri):
         client = connect(uri)
         found = client.get_experiment_by_name(experiment)
         where = [found.experiment_id] if found else []
@@ -255,7 +250,7 @@ class Record:
 
 def read_run(uri: str, run_id: str) -> Record:
     """Raises TrackingError for one that is not there."""
-    with _reachable(uri):
+    with reachable(uri):
         run = connect(uri).get_run(run_id)
     tags = dict(run.data.tags)
     parent, name = tags.get("mlflow.parentRunId", ""), str(run.info.run_name)
@@ -264,7 +259,7 @@ def read_run(uri: str, run_id: str) -> Record:
 
 def read_file(uri: str, run_id: str, name: str) -> bytes | None:
     """A file that was logged to a run, or None."""
-    with _reachable(uri), tempfile.TemporaryDirectory() as folder:
+    with reachable(uri), tempfile.TemporaryDirectory() as folder:
         client = connect(uri)
         where = name.rpartition("/")[0]
         if name not in {entry.path for entry in client.list_artifacts(run_id, where or None)}:
@@ -274,7 +269,7 @@ def read_file(uri: str, run_id: str, name: str) -> bytes | None:
 
 def read_images(uri: str, run_id: str) -> dict[str, bytes]:
     """The pictures that ``log_image`` logged, as PNG by key, each as of its last step."""
-    with _reachable(uri):
+    with reachable(uri):
         names = [entry.path for entry in connect(uri).list_artifacts(run_id, "images")]
     last: dict[str, tuple[int, int, str]] = {}
     for name in names:
@@ -290,7 +285,7 @@ def read_images(uri: str, run_id: str) -> dict[str, bytes]:
 def running(uri: str, experiment: str) -> list[dict[str, str]]:
     """The tags of every run of ``experiment`` that has not ended, as far as MLflow knows."""
     client, found, token = connect(uri), list[dict[str, str]](), ""
-    with _reachable(uri):
+    with reachable(uri):
         where = client.get_experiment_by_name(experiment)
         while where:
             page = client.search_runs(

@@ -41,6 +41,7 @@ import torch
 from ray import serve
 
 from pixart_cluster.local import local_ray, quiet_environment
+from pixart_cluster.server import free_port
 from pixart_models.drawing import load_drawer
 from pixart_models.export import export_pipeline
 from pixart_serve.app import start, stop
@@ -58,7 +59,6 @@ from serving_load import (
     come_again,
     come_at_random,
     draw_asks,
-    free_port,
     quantile,
     register_models,
 )

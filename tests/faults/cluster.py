@@ -43,9 +43,9 @@ from chaos_s3 import ChaosS3, endpoint, make_bucket
 from mlflow_server import ServerProcess
 from processes import MINI, PIXART, REPOSITORY, family, kill_family
 from recording import figure
-from serving_load import free_port
 
 from pixart_cluster.local import quiet_environment
+from pixart_cluster.server import free_port
 from pixart_cluster.submit import Attempt, Cluster, ClusterError
 from pixart_platform.tracking import sqlite_uri
 

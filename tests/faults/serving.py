@@ -53,7 +53,6 @@ from serving_load import (
     come_again,
     come_at_random,
     draw_asks,
-    free_port,
     quantile,
     register_models,
 )
@@ -61,6 +60,7 @@ from test_serve_follower import flip_one_bit
 from test_serve_snapshots import build_drawer, write_snapshot
 
 from pixart_cluster.local import local_ray, quiet_environment
+from pixart_cluster.server import free_port
 from pixart_models.snapshot import WEIGHTS_FILE
 from pixart_platform.tracking import Tracker
 from pixart_serve.app import start, stop

@@ -49,6 +49,8 @@ from faults.training_runs import (
 )
 from processes import family, kill, wait_for
 
+from pixart_cluster.server import free_port
+
 KINDS = ("driver", "worker", "node")
 ZERO_STAGES = (2, 0, 1, 3)
 PACE_SECONDS = 0.15  # of a step under fire
@@ -297,15 +299,6 @@ def lose_mlflow(campaign: Campaign) -> None:
         row.differences = find_differences(run, straight)
         repeated = sum(len(values) > 1 for values in run.curve().values())
         row.remark = f"{repeated} points logged twice"
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def meet_nan(campaign: Campaign) -> None:
