@@ -1,13 +1,14 @@
 """The paper's claims in miniature: the built-in studies and the outside peers, over seeds.
 
     .venv/bin/python tests/benchmarks/bench_proof.py [--studies recipe,captions]
-        [--peers recipe,crowds] [--share 0.5] [--seeds 3] [--parallel 2] [--root FOLDER] [--record]
+        [--peers recipe/diffusers,recipe/unet] [--share 0.5] [--seeds 3] [--parallel 2]
+        [--root FOLDER] [--record]
 
 Runs ``pixart ablate`` on each study, every variant with every seed at ``--share`` of the study's
 compute, and writes down what it found: quality at the end, compute to each target and its ratio to
 the baseline's. There is no bar: what does not hold at this scale is a result as well. Peers
-(proof_peers.py) are held against the default recipe's runs in the studies of --peers, which must be
-there. With --root it goes on with what is there. All of it takes about five hours on 2 cores.
+(proof_peers.py) are held against the default recipe's runs in their study, which must be there.
+With --root it goes on with what is there. All of it takes about five hours on 2 cores.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -27,6 +28,7 @@ from typing import Any
 import yaml
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+from benchmarks.proof_curves import draw
 from recording import record
 
 from pixart_cluster.recipe import read_recipe
@@ -36,10 +38,10 @@ from pixart_jobs.study_report import as_document, summarize
 
 OURS = "default"
 STUDIED = ("recipe", "crowds", "decomposition", "transformer", "captions", "levers")
-PEERS = {  # by study: the task, and TFLOPs of each; the paper's settings get ten times ours
-    "recipe": ("digits", {"diffusers": 40, "diffusers-tuned": 20, "unet": 20}),
-    "crowds": ("crowds", {"diffusers": 80}),
-}
+TASKS = {"recipe": "digits", "crowds": "crowds"}  # of studies with peers
+PEERS = {  # TFLOPs; the paper's settings get ten times ours
+    "recipe/diffusers": 40, "crowds/diffusers": 80, "recipe/diffusers-tuned": 20, "recipe/unet": 20,
+}  # fmt: skip
 PEER_POINTS = 15
 Figures = dict[str, Any]
 
@@ -78,14 +80,15 @@ def tell(found: Figures) -> Figures:
     return figures
 
 
-def run_peer(study: str, name: str, seed: int, root: Path) -> Outcome:
+def run_peer(peer: str, seed: int, root: Path) -> Outcome:
     """A peer's training in a process of its own, or what it said earlier."""
-    path, (task, tflops) = root / f"{study}-{name}-{seed}.jsonl", PEERS[study]
+    study, _, name = peer.partition("/")
+    path = root / f"{study}-{name}-{seed}.jsonl"
     if not path.exists():
         script = str(Path(__file__).with_name("proof_peers.py"))
         command = [
             sys.executable, "-W", "ignore", script, name, "--seed", str(seed),
-            "--task", task, "--tflops", str(tflops[name]), "--points", str(PEER_POINTS),
+            "--task", TASKS[study], "--tflops", str(PEERS[peer]), "--points", str(PEER_POINTS),
         ]  # fmt: skip
         done = subprocess.run(
             command, check=True, text=True, stdout=subprocess.PIPE,
@@ -117,24 +120,16 @@ def our_outcomes(told: Figures) -> Iterator[Outcome]:
             yield replace(Outcome.load(run | {"points": []}), points=points, facts={})
 
 
-def compare_peers(study: str, seeds: int, parallel: int, root: Path) -> Figures:
-    """Each peer as the baseline of ours in a study."""
+def compare_peer(peer: str, theirs: Sequence[Outcome], root: Path) -> Figures:
+    """A peer as the baseline of ours in its study."""
+    study, _, name = peer.partition("/")
     told = json.loads((root / study / "study.json").read_text())
-    ours = list(our_outcomes(told))[:seeds]
-    folder, figures, names = root / "peers", Figures(), list(PEERS[study][1])
-    folder.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(parallel) as pool:
-        asked = {(n, s): pool.submit(run_peer, study, n, s, folder)
-                 for n, s in product(names, range(seeds))}  # fmt: skip
-        for name in names:
-            both_of = Study(
-                name="peers", recipe=PEERS[study][0], variants={name: {}, OURS: {}},
-                seeds=tuple(range(seeds)), target=told["study"]["target"],
-            )  # fmt: skip
-            both = [*(asked[name, s].result() for s in range(seeds)), *ours]
-            rows = summarize(both_of, both)
-            figures[f"ours against {name}"] = tell(as_document(both_of, rows, both))
-    return figures
+    both_of = Study(
+        name="peers", recipe=TASKS[study], variants={name: {}, OURS: {}},
+        seeds=tuple(range(len(theirs))), target=told["study"]["target"],
+    )  # fmt: skip
+    both = [*theirs, *sorted(our_outcomes(told), key=lambda o: o.seed)[: len(theirs)]]
+    return tell(as_document(both_of, summarize(both_of, both), both))
 
 
 def main() -> None:
@@ -154,6 +149,8 @@ def main() -> None:
         if told.record:
             record(f"proof_{name}", figures, ["torch", "diffusers", "scipy"],
                    share=told.share, seeds=told.seeds, at_a_time=told.parallel)  # fmt: skip
+            if (study := name.partition("_")[0]) in TASKS:
+                draw(study)
 
     with tempfile.TemporaryDirectory(prefix="pixart-proof-") as made:
         root = (told.root or Path(made)).absolute()
@@ -164,10 +161,15 @@ def main() -> None:
             command = [pixart, "ablate", path, "--root", root / name]
             subprocess.run([*command, "--parallel", str(told.parallel)], check=True)
             keep(name, began, tell(json.loads((root / name / "study.json").read_text())))
-        for name in filter(None, told.peers.split(",")):
+        peers, folder = list(filter(None, told.peers.split(","))), root / "peers"
+        folder.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(told.parallel) as pool:
             began = time.monotonic()
-            found = compare_peers(name, told.seeds, told.parallel, root)
-            keep(f"peers_{name}", began, found)
+            asked = {(p, s): pool.submit(run_peer, p, s, folder)
+                     for p, s in product(peers, range(told.seeds))}  # fmt: skip
+            for peer in peers:
+                theirs = [asked[peer, s].result() for s in range(told.seeds)]
+                keep(peer.replace("/", "_"), began, compare_peer(peer, theirs, root))
 
 
 if __name__ == "__main__":
