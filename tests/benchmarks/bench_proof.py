@@ -58,7 +58,8 @@ def shorten(name: str, share: float, seeds: int, folder: Path) -> Path:
     changes: Figures = {"seeds": list(range(seeds))}
     if share != 1:
         changes["tflops"] = {v: tflops * share for v, tflops in whole.items()}
-    path.write_text(yaml.safe_dump(document | changes))
+    changed = yaml.safe_dump(document | changes, sort_keys=False)  # the first is the baseline
+    path.write_text(changed)
     return path
 
 
@@ -144,7 +145,11 @@ def main() -> None:
     told = parser.parse_args()
 
     def keep(name: str, began: float, figures: Figures) -> None:
-        figures = {"minutes": round((time.monotonic() - began) / 60, 1)} | figures
+        spent = root / f"{name}.minutes"  # of all calls
+        minutes = (time.monotonic() - began) / 60
+        minutes += float(spent.read_text()) if spent.exists() else 0.0
+        spent.write_text(str(minutes))
+        figures = {"minutes": round(minutes, 1)} | figures
         print(json.dumps({name: figures}, indent=1), flush=True)
         if told.record:
             record(f"proof_{name}", figures, ["torch", "diffusers", "scipy"],
@@ -170,6 +175,7 @@ def main() -> None:
             for peer in peers:
                 theirs = [asked[peer, s].result() for s in range(told.seeds)]
                 keep(peer.replace("/", "_"), began, compare_peer(peer, theirs, root))
+                began = time.monotonic()
 
 
 if __name__ == "__main__":
