@@ -170,7 +170,18 @@ def test_an_override_of_an_unknown_key_gets_a_suggestion(tmp_path: Path) -> None
 
 
 def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
-    assert fail(tmp_path, "name: x\nstages: {a: [1, }\n").endswith("not valid YAML at line 2")
+    assert "not valid YAML at line 2: " in fail(tmp_path, "name: x\nstages: {a: [1, }\n")
+
+
+def test_a_key_given_twice_is_refused_by_line_rather_than_half_dropped(tmp_path: Path) -> None:
+    message = fail(tmp_path, "name: x\nstages:\n  a: {images: 1}\n  a: {images: 2}\n")
+    assert message.endswith("not valid YAML at line 4: a is given twice")
+    assert "not valid YAML" in fail(tmp_path, "name: x\n[a, b]: 1\n[a, b]: 1\n")
+
+
+def test_a_key_beside_one_that_is_merged_is_not_given_twice(tmp_path: Path) -> None:
+    text = "name: x\nstages:\n  a: &a {images: 1}\n  b: &b {<<: *a, images: 2}\n  c: {<<: *b}\n"
+    assert load(tmp_path, text).stages["c"].images == 2
 
 
 def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:

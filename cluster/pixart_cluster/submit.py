@@ -71,19 +71,8 @@ class Order:
 
     @property
     def entrypoint(self) -> str:
-        asked = ["--registry", self.registry] if self.registry else []
-        return shlex.join(
-            [
-                "python",
-                "-m",
-                "pixart_cluster.cli",
-                "run",
-                GIVEN,
-                "--root",
-                self.root,
-                *asked,
-            ]
-        )
+        command = ["python", "-m", "pixart_cluster.cli", "run", GIVEN, "--root", self.root]
+        return shlex.join([*command, *(["--registry", self.registry] if self.registry else [])])
 
     @property
     def digest(self) -> str:

@@ -61,6 +61,19 @@ NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, but a key given twice is an error: it would drop the first and say nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        names = [str(key.value) for key, _ in node.value]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                mark = node.value[i][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{name} is given twice", problem_mark=mark)
+        return node
+
+
 def find_file(name_or_path: str, built_in: Path, what: str) -> Path:
     """A .yaml file as it is given, or one of ``built_in`` by name. Raises RecipeError."""
     path = Path(name_or_path)
@@ -78,12 +91,13 @@ def find_file(name_or_path: str, built_in: Path, what: str) -> Path:
 def load_recipe(path: Path, schema: type[Model], overrides: Iterable[str] = ()) -> Model:
     """Read ``path``, apply ``a.b.c=value`` overrides, validate. Raises RecipeError."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
+        line = ""
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            line = f" at line {error.problem_mark.line + 1}: {error.problem}"
         raise RecipeError(f"recipe {path}: not valid YAML{line}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path}: must be a mapping of sections, not {type(raw).__name__}")
