@@ -16,7 +16,7 @@ from test_models_captioner import open_captioner, write_llava
 from pixart_jobs.caption import _Caption, measure_accuracy, settle
 from pixart_jobs.recipe import CaptionSettings
 from pixart_jobs.scenes import compose_scene
-from pixart_models.captioner import Caption
+from pixart_models.captioner import Caption, captioner_revision
 from pixart_models.digits import Reading, describe
 from pixart_models.text import ModelNotFound
 from pixart_platform.tables import SCHEMAS
@@ -97,7 +97,7 @@ def test_another_revision_on_a_worker_stops_it(llava: str) -> None:
     settings = CaptionSettings(captioner=llava)
     with pytest.raises(ModelNotFound, match=r"here it is revision \w{16}, but .* made with abc"):
         _Caption(llava, settings, "abc")
-    _Caption("builtin:raw", CaptionSettings(), "1")
+    _Caption("builtin:raw", CaptionSettings(), captioner_revision("builtin:raw"))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class CrowdsSuite(NoReferences):
     num_prompts: int
     seed: int
     name = "crowds"
-    revision = 1
+    revision = 2  # 1 had a reader of pixels
     copies = 1
 
     @property

@@ -32,8 +32,9 @@ DIGITS, CROWDS = "builtin:digits", "builtin:crowds"
 RAW = "builtin:raw"
 VLLM = "vllm:"
 SPEC = ModelSpec(
-    "captioner", "AutoModelForImageTextToText", others=("*.json", "*.jinja", "*.model", "*.txt")
-)
+    "captioner", "AutoModelForImageTextToText", others=("*.json", "*.jinja", "*.model", "*.txt"),
+    built_in="2",  # 1 had a reader of pixels
+)  # fmt: skip
 PROMPT_WITH_CAPTION = 'Given the caption of this image "{caption}", {request}'
 _MAX_RAW_CHARS = 2000  # of a raw caption shown to a model: a web page would drown the picture
 _MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{1,20}\]")  # <image>, <|im_end|>, </s>, [INST]
@@ -69,7 +70,7 @@ class Captioner(Protocol):
 class SampleCaptioner:
     """Reads sample scenes from pixels; the raw caption is ignored."""
 
-    revision = "1"
+    revision = SPEC.built_in
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -97,7 +98,7 @@ class RawCaptioner:
     """Keeps the raw caption and needs no images; where those are good, and as a baseline."""
 
     name = RAW
-    revision = "1"
+    revision = SPEC.built_in
 
     def caption(
         self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]

@@ -23,7 +23,7 @@ def model_revision(spec: ModelSpec, source: str) -> str:
     Raises ModelNotFound.
     """
     if source.startswith("builtin:"):
-        return "1"
+        return spec.built_in
     if Path(source).expanduser().is_dir():
         return revision_of(find_model(spec, source))
     root = download(spec, source, ["config.json", "model_index.json"])
@@ -52,10 +52,7 @@ def revision_of(files: ModelFiles) -> str:
         return root.name
     digest = hashlib.sha256()
     kinds = (*_TEXTS, "*.safetensors")
-    places = [
-        *(folder.glob(kind) for kind in kinds),
-        *((root / "tokenizer").glob(k) for k in kinds),
-    ]
+    places = [*(folder.glob(k) for k in kinds), *((root / "tokenizer").glob(k) for k in kinds)]
     for path in sorted(set(chain.from_iterable(places))):
         digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
         if path.suffix == ".safetensors":

@@ -56,6 +56,8 @@ class ModelSpec:
     """A key of its config.json, and the value that tells it from other models."""
     others: tuple[str, ...] = ()
     """Patterns of further files it needs."""
+    built_in: str = "1"
+    """The revision of those that are built in."""
 
 
 class ModelFiles(NamedTuple):
