@@ -147,6 +147,6 @@ def test_what_is_found_has_the_colour_and_place_it_was_painted_with() -> None:
     assert reader.find(np.zeros((48, 48, 3), np.uint8)) == []
 
 
-def test_the_evaluations_reader_errs_on_less_than_3_percent_of_unseen_scans() -> None:
+def test_the_evaluations_reader_errs_on_less_than_2_percent_of_unseen_scans() -> None:
     figure = measure_reader()
-    assert figure.low > 0.97, f"digits read right: {figure}"
+    assert figure.low > 0.98, f"digits read right: {figure}"
