@@ -8,7 +8,7 @@ Runs ``pixart ablate`` on each study, every variant with every seed at ``--share
 compute, and writes down what it found: quality at the end, compute to each target and its ratio to
 the baseline's. There is no bar: what does not hold at this scale is a result as well. Peers
 (proof_peers.py) are held against the default recipe's runs in their study, which must be there.
-With --root it goes on with what is there. All of it takes about five hours on 2 cores.
+With --root it goes on with what is there. All of it takes about eight hours on 2 cores.
 """
 
 import argparse
