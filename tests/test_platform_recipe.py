@@ -163,6 +163,8 @@ def test_an_override_through_a_value_names_it(tmp_path: Path) -> None:
 
 def test_an_override_with_a_broken_value_is_named(tmp_path: Path) -> None:
     assert "--set sides=[1,: the value is not valid YAML" in fail(tmp_path, "name: x", "sides=[1,")
+    twice = "stages.a={images: 1, images: 2}"
+    assert f"--set {twice}: the value is not valid YAML" in fail(tmp_path, "name: x", twice)
 
 
 def test_an_override_of_an_unknown_key_gets_a_suggestion(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pixart_jobs.suites import (
     measure_reader,
 )
 from pixart_models.crowds import Crowd, CrowdReader, describe_crowd
-from pixart_models.digits import UnreadableImage, evaluation_reader
+from pixart_models.digits import READER, UnreadableImage, evaluation_reader
 from pixart_platform.storage import Folder
 
 
@@ -77,7 +77,7 @@ class CrowdsSuite(NoReferences):
     num_prompts: int
     seed: int
     name = "crowds"
-    revision = 2  # 1 had a reader of pixels
+    revision = 1
     copies = 1
 
     @property
@@ -90,7 +90,7 @@ class CrowdsSuite(NoReferences):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {}
+        return {"reader": READER}
 
     def make_judge(self) -> Judge:
         reader = CrowdReader(evaluation_reader())

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pixart_models.digits import DIGIT_NAMES, evaluation_reader
+from pixart_models.digits import DIGIT_NAMES, READER, evaluation_reader
 from pixart_platform.errors import PixartError
 from pixart_platform.recipe import digest_of
 
@@ -213,7 +213,7 @@ def load_detector(name: str) -> Detector:
 def detector_revision(name: str) -> str:
     """What tells a detector from another of the same name: its module's file."""
     if name == BUILTIN:
-        return "2"  # 1 had a reader of pixels
+        return READER
     file = inspect.getsourcefile(importlib.import_module(name.partition(":")[0]))
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pixart_models.config import ModelInputError
 from pixart_models.crowds import CrowdReader, describe_crowd
-from pixart_models.digits import DigitReader, UnreadableImage, describe
+from pixart_models.digits import READER, DigitReader, UnreadableImage, describe
 from pixart_models.revision import model_revision, revision_of
 from pixart_models.text import (
     ModelSpec,
@@ -33,7 +33,7 @@ RAW = "builtin:raw"
 VLLM = "vllm:"
 SPEC = ModelSpec(
     "captioner", "AutoModelForImageTextToText", others=("*.json", "*.jinja", "*.model", "*.txt"),
-    built_in="2",  # 1 had a reader of pixels
+    built_in=READER,
 )  # fmt: skip
 PROMPT_WITH_CAPTION = 'Given the caption of this image "{caption}", {request}'
 _MAX_RAW_CHARS = 2000  # of a raw caption shown to a model: a web page would drown the picture

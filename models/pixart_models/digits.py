@@ -26,6 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "cyan": (40, 210, 220),
     "white": (235, 235, 235),
 }
+READER = "2"  # revision of all that is read; 1 looked at pixels, not at their gradients
 _SIDE, _CELLS, _TURNS = 16, 4, 8  # of a digit that is classified: pixels, and bins of its strokes
 _PAIR_EXTENT = 0.63  # of the picture: no single digit of the set is drawn wider or taller
 
@@ -114,8 +115,8 @@ def _box(ink: NDArray[np.float32]) -> tuple[slice, slice]:
 def _features(ink: NDArray[np.float32]) -> NDArray[np.float32]:
     """Oriented gradients of one digit, cropped and centred in a square, as shares of the whole.
 
-    Each votes for the nearest directions and cells (Dalal and Triggs 2005, section 6). On scans
-    not seen, a classifier of the pixels themselves errs twice as often.
+    Each votes for the nearest directions and cells (Dalal and Triggs 2005, section 6). A
+    classifier of the pixels themselves errs half as often again and more (jobs/LOG.md).
     """
     crop = ink[_box(ink)]
     side = max(crop.shape)

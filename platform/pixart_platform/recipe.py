@@ -116,7 +116,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise RecipeError(f"--set {override}: write it as path.to.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML") from error
     node = raw
