@@ -166,18 +166,10 @@ class CrossAttention(nn.Module):
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, text: PackedText) -> Tensor:
     """Attention of query (B, N, heads, d) to its row's part of key and value (T, heads, d).
 
-    Three ways to the same numbers: row by row on the CPU outside inference mode; one kernel for
-    variable lengths in half precision on a GPU; and elsewhere padded again behind a mask. To draw
-    on the CPU that is as fast as row by row, and 378 calls for a step of 36 rows, not 1,830: at
-    each the drawing thread lets go of the interpreter and may wait for those that answer HTTP.
+    One kernel for variable lengths in half precision on a GPU, elsewhere padded again behind a
+    mask: row by row was no faster on the CPU, and a tenth slower at the demo's size, to draw
+    (``jobs/LOG.md``) and to train.
     """
-    # Asked in this order: the compiler cannot trace the question about inference mode.
-    draws = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-    if query.device.type == "cpu" and not draws:
-        lengths = text.offsets.diff().tolist()
-        keys, values = torch.split(key, lengths), torch.split(value, lengths)
-        rows = zip(torch.split(query, 1), keys, values, strict=True)
-        return torch.cat([_attend(q, k[None], v[None]) for q, k, v in rows])
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.is_cuda and half and query.shape[-1] % 8 == 0:  # the kernel's own condition
         from torch.nn.attention.varlen import varlen_attn
