@@ -76,22 +76,21 @@ class SampleCaptioner:
         self.name = name
         reader = DigitReader("train")
         crowds = CrowdReader(reader)
-        self._tell: Callable[[NDArray[np.uint8]], str] = (
-            (lambda image: describe_crowd(crowds.read(image)))
+        self._tell: Callable[[Sequence[NDArray[np.uint8]]], list[str]] = (
+            (lambda images: [describe_crowd(crowds.read(image)) for image in images])
             if name == CROWDS
-            else (lambda image: describe(reader.read(image)))
+            else (lambda images: [describe(seen) for seen in reader.read_many(images)])
         )
 
     def caption(
         self, images: Sequence[NDArray[np.uint8]], raw_captions: Sequence[str]
     ) -> list[list[Caption]]:
-        return [[self._describe(image)] for image in images]
-
-    def _describe(self, image: NDArray[np.uint8]) -> Caption:
         try:
-            return Caption(self._tell(image))
+            return [[Caption(text)] for text in self._tell(images)] if images else []
         except UnreadableImage as error:
-            return Caption(problem=str(error))
+            if len(images) == 1:
+                return [[Caption(problem=str(error))]]
+            return [self.caption([image], raw_captions)[0] for image in images]
 
 
 class RawCaptioner:
