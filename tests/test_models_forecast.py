@@ -1,7 +1,7 @@
 """The forecast of a step: FLOPs against torch's counter, memory against autograd and a process."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +33,8 @@ MEDIUM = NetworkConfig(depth=4, width=192, heads=4, mlp_ratio=3.5, text_width=64
 MASK = TokenDrop("mask", share=0.75, start=1, end=0, depth=4)
 ROUTE = TokenDrop("route", share=0.5, start=2, end=1, depth=4)
 LENGTHS = (3, 9, 12)  # text tokens of the rows of a batch, and their mean
-TEXT = 8.0
+TEXT = 8
+ALIKE = (TEXT,) * len(LENGTHS)  # nothing is padded
 
 CASES: dict[str, tuple[NetworkConfig, int, int, TokenDrop | None]] = {
     "tiny": (TINY, 8, 8, None),
@@ -53,8 +54,10 @@ CASES: dict[str, tuple[NetworkConfig, int, int, TokenDrop | None]] = {
 each_case = pytest.mark.parametrize("case", CASES)
 
 
-def build(case: str, *, differentiable: bool = False) -> tuple[PixArt | DiT, Callable[[], Tensor]]:
-    """The network, and a forward pass of it for a batch with ``LENGTHS``.
+def build(
+    case: str, lengths: Sequence[int] = LENGTHS, *, differentiable: bool = False
+) -> tuple[PixArt | DiT, Callable[[], Tensor]]:
+    """The network, and a forward pass of it for a batch with texts of ``lengths``.
 
     ``differentiable`` inputs make backward compute the gradient of every factor of every product.
     """
@@ -72,8 +75,6 @@ def build(case: str, *, differentiable: bool = False) -> tuple[PixArt | DiT, Cal
         options["sizes"] = torch.rand(batch, 3, requires_grad=differentiable)
     condition: Any = torch.arange(batch)
     if config.architecture == "pixart":
-        padded = config.text_in == "context"  # then more is computed than the formula's mean
-        lengths = [int(TEXT)] * batch if padded else LENGTHS
         texts = [torch.randn(n, config.text_width) for n in lengths]
         condition = pack_text([text.requires_grad_(differentiable) for text in texts])
     return network, partial(network, latents, times, condition, **options)
@@ -105,17 +106,28 @@ def count_saved(network: nn.Module, forward: Callable[[], Tensor]) -> int:
 @each_case
 def test_forward_flops_are_exactly_those_that_torch_counts(case: str) -> None:
     config, height, width, drop = CASES[case]
-    _, forward = build(case)
+    _, forward = build(case, ALIKE)
     with torch.no_grad():
         counted = count_flops(forward)
     assert forward_flops(config, height, width, TEXT, drop) == pytest.approx(counted, rel=1e-9)
+
+
+def test_what_a_cpu_computes_on_padding_is_not_counted() -> None:
+    config, height, width, _ = CASES["medium"]
+    _, forward = build("medium")
+    with torch.no_grad():
+        counted = count_flops(forward)
+    tokens = height * width // config.patch**2
+    padding = config.depth * 4 * tokens * config.width * (max(LENGTHS) - TEXT)
+    forecast = forward_flops(config, height, width, TEXT)
+    assert forecast + padding == pytest.approx(counted, rel=1e-9)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @each_case
 def test_step_flops_are_exactly_those_of_all_gradients(case: str, recompute: bool) -> None:
     config, height, width, drop = CASES[case]
-    network, forward = build(case, differentiable=True)
+    network, forward = build(case, ALIKE, differentiable=True)
     network.checkpoint_blocks = recompute
     counted = count_flops(lambda: torch.autograd.backward(forward().square().mean()))
     forecast = step_flops(config, height, width, TEXT, drop, recompute=recompute)
@@ -137,7 +149,8 @@ def test_flops_are_the_published_ones(preset: str, side: int, published: float) 
 @each_case
 def test_activations_are_what_autograd_keeps(case: str) -> None:
     config, height, width, drop = CASES[case]
-    saved = count_saved(*build(case))
+    lengths = ALIKE if config.text_in == "context" else LENGTHS  # it pads all that it keeps
+    saved = count_saved(*build(case, lengths))
     forecast = step_memory(config, len(LENGTHS), height, width, TEXT, drop)
     assert forecast.activations == pytest.approx(saved, rel=0.04)
 
