@@ -1,9 +1,8 @@
 """What a training step costs before it is run: FLOPs of a sample, bytes of memory of a process.
 
-FLOPs are those of matrix products and attention, a multiply-add being 2, as peaks are counted, and
-of real tokens (a CPU attends to padding, too): utilisation is ``step_flops(...) *
-images_per_second / peak``. Memory is that of eager PyTorch with AdamW, fused or one tensor at a
-time (foreach adds a copy of the weights), gradients freed after the step;
+FLOPs are those of matrix products and attention, a multiply-add being 2, as peaks are counted, of
+real tokens (a CPU attends to padding, too). Memory is that of eager PyTorch with AdamW, fused or
+one tensor at a time (foreach adds a copy of the weights), gradients freed after the step;
 ``tests/benchmarks/bench_memory.py`` measures it.
 
 Legend: N image tokens, n those a block sees, T text tokens of a row, Dt their width, D width, F
