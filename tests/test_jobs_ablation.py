@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def test_every_variant_has_every_seed_and_its_settings(tmp_path: Path) -> None:
     assert {r.suite for r in runs} == {"digits"}
     assert all(r.recipe.suites == () for r in runs), "nothing is evaluated twice"
     assert {r.recipe.train.keep_every_images for r in runs} == {(640 + 320) // 3}
+
+
+def test_what_is_set_for_all_is_part_of_the_study(tmp_path: Path) -> None:
+    path = str(write_study(tmp_path, set={"draw.num_steps": 2}))
+    studies = [read_study(path, read_recipe, [f"data.num_scenes={n}"])[0] for n in (64, 128)]
+    assert [s.set["data.num_scenes"] for s in studies] == ["64", "128"]
+    assert studies[0].set["draw.num_steps"] == "2"
 
 
 def test_stages_can_be_replaced_whole(tmp_path: Path) -> None:
@@ -105,7 +113,14 @@ def test_flops_of_a_part_of_a_stage_add_up() -> None:
      ({"target": {"fid": 9}}, StudyError, "target = fid: .* the suite digits measures; it has"),
      ({"target": {"five_overall": 0.5}}, StudyError, "target = five_overall"),
      ({"tflops": {"papper": 1}}, RecipeError, "tflops of papper: is no variant"),
-     ({"tflops": 0}, RecipeError, "tflops.*0")],
+     ({"tflops": 0}, RecipeError, "tflops.*0"),
+     ({"tflops": math.inf}, RecipeError, "tflops.*inf"),
+     ({"variants": {"a": {"evaluate.seed": 1}}}, RecipeError, "evaluate.seed must be the same"),
+     ({"variants": {"a": {"seed": 1}}}, RecipeError, "variants: seed .* 'seeds'"),
+     ({"set": {"seed": 1}}, StudyError, "seed: is told by the study's file"),
+     ({"variants": {"a": {}, "b": {"data.source": "crowds"}}, "target": {"color_accuracy": 1}},
+      StudyError, "asked .* 'set' one evaluate.suites"),
+     ({"set": {"train.num_workers": date(2026, 1, 1)}}, StudyError, "num_workers.*2026-01-01")],
 )  # fmt: skip
 def test_what_cannot_be_studied_is_told_at_once(
     tmp_path: Path, changes: dict[str, Any], kind: type[Exception], told: str
@@ -193,6 +208,9 @@ def test_a_baseline_that_never_gets_there_makes_a_bound() -> None:
     rows = summarize(study, [*never, *ours])
     assert rows[1].reached["digit_accuracy"].count == 1
     assert not rows[1].ratios, "a seed of ours that fails may not be left out of the mean"
+    at_once = [outcome("never", s, [0.95, 1.0, 1.0]) for s in (0, 1)]
+    rows = summarize(study, [*at_once, *(outcome("ours", s, [0.1, 0.95, 1.0]) for s in (0, 1))])
+    assert not rows[1].ratios, "it may have needed any part of what its first point took"
 
 
 def test_differences_at_the_end_are_tested_seed_by_seed() -> None:
@@ -214,6 +232,7 @@ def test_the_page_shows_everything_and_needs_nothing() -> None:
     assert page.count("<polyline") == 2
     assert "src='http" not in page
     assert "digit_accuracy &gt;= 0.9" in page
+    assert "nan" not in page
     document = json.loads(json.dumps(as_document(study, rows, found), allow_nan=False))
     assert document["runs"][1]["points"][1]["digit_accuracy"] == 0.95
     assert document["rows"][0]["final"]["digit_accuracy"]["low"] is None
@@ -265,6 +284,9 @@ def test_a_study_of_any_folder_is_run_once_and_compared(tmp_path: Path) -> None:
     assert len(tables) == 6, "both read the same"
     assert flow["points"][0].keys() > {"fid", "kid", "precision", "recall"}
     assert told["rows"][0]["reached"]["kid"]["count"] == 1
-    again = run(*asked)
+    again = run(*asked, "--set", "draw.num_steps=3")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert json.loads((tmp_path / "study" / "study.json").read_text()) == told
+    redrawn = json.loads((tmp_path / "study" / "study.json").read_text())
+    for before, after in zip(told["runs"], redrawn["runs"], strict=True):
+        assert (after["flops"], after["seconds"]) == (before["flops"], before["seconds"])
+        assert [p["kid"] for p in after["points"]] != [p["kid"] for p in before["points"]]

@@ -64,10 +64,7 @@ def pod(instance: str, group: Group, image: str, *, is_shared: bool = True) -> D
         "automountServiceAccountToken": role == "head",
         "securityContext": {"fsGroup": USER},
         "containers": [container],
-        "volumes": [
-            {"name": "shm", "emptyDir": shm},
-            {"name": "cache", "emptyDir": {}},
-        ],
+        "volumes": [{"name": "shm", "emptyDir": shm}, {"name": "cache", "emptyDir": {}}],
     }
     if is_shared:
         container["volumeMounts"].append({"name": "shared", "mountPath": str(SHARED)})

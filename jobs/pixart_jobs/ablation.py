@@ -3,13 +3,14 @@
 A study is a grid of variants and seeds. Each run of it is a pipeline of its own folder and digest,
 so a study is resumed by running it again, and all runs share one store of tables. States are kept
 along the way; the averaged weights of each are asked the first suite's prompts afterwards, so
-training is not disturbed and quality is known as a function of compute. From that follow, over the
-seeds, the quality at the end and the compute to a target, and its ratio to the baseline's.
+training waits for none of it and quality is known as a function of compute. From that follow, over
+the seeds, the quality at the end and the compute to a target, and its ratio to the baseline's.
 
 Compute is that of training, forward and backward, as ``pixart_models.forecast`` counts it.
 """
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,7 +46,7 @@ from pixart_platform.tracking import Tracker
 STUDIES = Path(__file__).parent / "studies"
 _LOG = "run.log"
 _RETRIES = 3  # of a run whose node is lost; it goes on from its newest state
-_Compute = Annotated[float, Field(gt=0)]
+_Compute = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ReadRecipe = Callable[[str, Sequence[str]], Recipe]
 """A recipe by name or path, with overrides ``path=value``."""
 
@@ -88,6 +89,12 @@ class Study(Section):
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)}: one is there twice")
+        paths = [path for own in self.variants.values() for path in own]
+        if shared := [p for p in paths if p.split(".")[0] in ("evaluate", "name", "seed")]:
+            raise ValueError(
+                f"variants: {shared[0]} must be the same for all of them: evaluate belongs under "
+                f"'set'; the study's own 'name' and 'seeds' are its runs'"
+            )
         unknown = set(self.tflops if isinstance(self.tflops, dict) else ()) - set(self.variants)
         if unknown:
             raise ValueError(
@@ -154,19 +161,25 @@ def read_study(
     name_or_path: str, read: ReadRecipe, overrides: Sequence[str] = ()
 ) -> tuple[Study, list[Run]]:
     """A built-in study or a file's, and all its runs; ``overrides``, path=value, of all variants,
-    before what is their own. Raises RecipeError, StudyError."""
+    before what is their own, become part of its ``set``. Raises RecipeError, StudyError."""
     path = find_file(name_or_path, STUDIES, "study")
     study = load_recipe(path, Study)
     base = str(path.parent / study.recipe) if Path(study.recipe).suffix else study.recipe
     shared = [*_as_overrides(study.set), *overrides]
-    return study, [
+    asked = dict(part.split("=", 1) for part in shared if "=" in part)
+    if fixed := asked.keys() & {"name", "seed"}:
+        raise StudyError(f"{fixed.pop()}: is told by the study's file, as 'name' and 'seeds'")
+    runs = [
         _make_run(study, v, s, partial(read, base), shared)
         for s in study.seeds for v in study.variants
     ]  # fmt: skip
+    if len(suites := {run.suite for run in runs}) > 1:
+        raise StudyError(f"variants are asked {' and '.join(suites)}: 'set' one evaluate.suites")
+    return study.model_copy(update={"set": asked}), runs
 
 
 def _as_overrides(settings: dict[str, Any]) -> list[str]:
-    return [f"{path}={json.dumps(value)}" for path, value in settings.items()]
+    return [f"{path}={json.dumps(value, default=str)}" for path, value in settings.items()]
 
 
 def _make_run(
@@ -237,6 +250,9 @@ def run_study(
                 except ray.exceptions.RayError:
                     monitor.note(f"{run.name} failed; {_folder(space, run) / _LOG} tells more")
                     raise
+                if unknown := study.target.keys() - found.points[-1].values:
+                    raise StudyError(f"target = {unknown.pop()}: is not among what was measured: "
+                                     f"{', '.join(found.points[-1].values)}")  # fmt: skip
                 ends = {m: found.points[-1].values[m] for m in study.target}
                 parent.log_metrics({f"{run.variant}_{m}": v for m, v in ends.items()}, run.seed)
                 told = ", ".join(f"{m} {value:.3f}" for m, value in ends.items())
@@ -275,12 +291,10 @@ def _execute(
     store = run.recipe.data.store or str(space.root / "tables")
     recipe = change(run.recipe, {"data.store": store})
     tags = {"study": run.study, "variant": run.variant, "seed": str(run.seed)}
-    if recipe.evaluate.reference:
-        _open_suites(run, root, store)  # told before the work
     with TemporaryDirectory(prefix="pixart-study-") as scratch:  # this may be another node
         pipeline = Pipeline(
             recipe, Workspace.under(root, Path(scratch), space.tracking_uri),
-            monitor_of(root / _LOG), Tracker(space.tracking_uri, parent), tags,
+            monitor_of(root / _LOG), Tracker(space.tracking_uri, parent), tags, [run.suite],
         )  # fmt: skip
         result = pipeline.run(promote_result=False)
     suites = _open_suites(run, root, store)
@@ -308,6 +322,7 @@ def _digest(run: Run, result: Result, suites: dict[int, Suite]) -> str:
         ],
         "draw": recipe.draw.model_dump(mode="json"), "kept": recipe.train.keep_every_images,
         "stages": [stage.plan.digest for stage in result.stages],
+        "flops": [stage_flops(recipe, name) for name in recipe.stages],
     }  # fmt: skip
     return digest_of(asked)
 
@@ -323,7 +338,7 @@ def _measure(
     images, asked = 0, []
     gpus = 1 if run.recipe.train.use_gpu else 0
     for stage in result.stages:
-        took = pipeline.cost_of([stage.plan.folder.name]).seconds
+        took = pipeline.cost_of([stage.plan.folder.name]).seconds or math.nan  # killed just then
         for seen in stage.plan.states.complete() if _draws_prompts(stage) else []:
             cost = (images + seen, flops + stage_flops(run.recipe, stage.plan.name, seen),
                     seconds + took * seen / stage.plan.num_images)  # fmt: skip

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from pixart_jobs.certainty import Figure
 
-_COLORS = ("#2563eb", "#d97706", "#16a34a", "#9333ea", "#dc2626", "#0891b2")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 760, 240, 52, 24
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -81,7 +80,7 @@ def scatter_chart(points: Sequence[tuple[str, float, Figure]], unit: str) -> str
 
 
 def _color(i: int) -> str:
-    return _COLORS[i % len(_COLORS)]
+    return f"hsl({(221 + i * 137.5) % 360:.0f} 75% {(45, 35, 60)[i % 3]}%)"  # none twice
 
 
 def _share(value: float, low: float, high: float) -> float:

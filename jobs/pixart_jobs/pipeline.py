@@ -78,10 +78,12 @@ class Pipeline:
     def __init__(
         self, recipe: Recipe, space: Workspace, monitor: Monitor,
         parent: Tracker | None = None, tags: Mapping[str, str] | None = None,
+        asked: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """``parent`` is the run in MLflow that this pipeline's run, with ``tags``, is part of."""
+        """``parent`` is the run in MLflow that this pipeline's run, with ``tags``, is part of;
+        suites ``asked`` are whoever's evaluates afterwards, and must be possible."""
         self._recipe, self._space, self._monitor = recipe, space, monitor
-        self._parent, self._tags = parent, dict(tags or {})
+        self._parent, self._tags, self._asked = parent, dict(tags or {}), asked
         self._identity = digest_of(recipe.model_dump(mode="json", exclude={"plan"}))
         self._registry = Registry(space.tracking_uri, recipe.name)
         self._rejects: list[dict[str, str]] = []
@@ -286,8 +288,8 @@ class Pipeline:
         """Raise what evaluation would at the end, before the work: those that need tables, then."""
         side = [*self._recipe.stages.values()][-1].resolution
         root = self._space.root / "evaluations"
-        for name in self._recipe.suites:
-            if tables or name != "fidelity":
+        for name in [*self._recipe.suites, *self._asked]:
+            if tables or name != "fidelity" or self._recipe.evaluate.reference:
                 find = self._find_references(lambda: tables)
                 evaluate.open_suite(name, self._recipe, side, root, find)
 
@@ -347,9 +349,10 @@ class Pipeline:
             if tracker:
                 tracker.finish(_end_of(error))
             raise
-        record = {"job": name, "key": key} | asdict(cost)
-        name_of_attempt = f"{key}-{time.time_ns()}.json"
-        write_atomic(self._space.costs / name_of_attempt, json.dumps(record).encode())
+        finally:
+            record = {"job": name, "key": key} | asdict(cost)
+            name_of_attempt = f"{key}-{time.time_ns()}.json"
+            write_atomic(self._space.costs / name_of_attempt, json.dumps(record).encode())
         if tracker:
             tracker.log_metrics(cost.as_metrics(), total)
 

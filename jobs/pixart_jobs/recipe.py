@@ -265,7 +265,7 @@ class EvaluateSettings(Section):
 
 
 class PlanSettings(Section):
-    """What ``pixart plan`` is told where there is no data yet to count; nothing else reads it."""
+    """What ``pixart plan`` and a study's compute are told where there is no data yet to count."""
 
     num_images: Count | None = Field(None, ge=1)
     """Pictures of the source; the sample scenes are counted."""

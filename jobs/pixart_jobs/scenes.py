@@ -25,14 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixart_models.crowds import Crowd
-from pixart_models.digits import (
-    COLORS,
-    DIGIT_NAMES,
-    RELATIONS,
-    Reading,
-    describe,
-    load_scans,
-)
+from pixart_models.digits import COLORS, DIGIT_NAMES, RELATIONS, Reading, describe, load_scans
 
 Split = Literal["train", "test"]
 

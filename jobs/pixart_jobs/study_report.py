@@ -138,14 +138,18 @@ def _reach_all(mine: Sequence[Outcome], metric: str, goal: float) -> Reached:
 def _ratio(
     base: Sequence[Outcome], mine: Sequence[Outcome], metric: str, goal: float
 ) -> Ratio | None:
-    """None unless all of mine reached it."""
+    """None unless all of mine reached it, or where the baseline's compute is not known."""
     ours = [reach(o.points, metric, goal) for o in mine]
     theirs = [reach(o.points, metric, goal) for o in base]
     values = [
         a.flops / (b.flops if b else whole.flops)
         for a, b, whole in zip(ours, theirs, base, strict=True) if a
     ]  # fmt: skip
-    return Ratio(_geometric(values), None in theirs) if None not in ours else None
+    # A baseline that was there at its first point may have needed any part of that.
+    known = None not in ours and all(
+        t is not o.points[0] for t, o in zip(theirs, base, strict=True)
+    )
+    return Ratio(_geometric(values), None in theirs) if known else None
 
 
 def _geometric(values: Sequence[float]) -> Figure:
@@ -213,7 +217,7 @@ def render(study: Study, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> st
     facts = [[f"<b>{html.escape(row.variant)}</b>", *(f"{v:.4g}" for v in row.facts.values())]
              for row in rows]  # fmt: skip
     changes = [[f"<b>{html.escape(v)}</b>", f"<code>{html.escape(str(asked or 'as it is'))}</code>"]
-               for v, asked in study.variants.items()]  # fmt: skip
+               for v, asked in ({"all": study.set} | study.variants).items()]  # fmt: skip
     return document(
         title,
         [
@@ -256,6 +260,8 @@ def _against(row: Row, metric: str) -> str:
     found = row.differences.get(metric)
     if found is None:
         return ""
+    if math.isnan(found.low):
+        return f"; {found.value:+.3f}"
     p = "" if math.isnan(found.p) else f", p = {found.p:.3f}"
     return f"; {found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}){p}"
 

@@ -21,12 +21,7 @@ from pixart_models.config import ModelInputError
 from pixart_models.crowds import CrowdReader, describe_crowd
 from pixart_models.digits import READER, DigitReader, UnreadableImage, describe
 from pixart_models.revision import model_revision, revision_of
-from pixart_models.text import (
-    ModelSpec,
-    explain_failure,
-    find_model,
-    require_all_weights,
-)
+from pixart_models.text import ModelSpec, explain_failure, find_model, require_all_weights
 
 DIGITS, CROWDS = "builtin:digits", "builtin:crowds"
 RAW = "builtin:raw"

@@ -90,8 +90,7 @@ def run_partitions(
             _Apply,
             fn_constructor_args=(transform, transform_kwargs),
             compute=ActorPoolStrategy(
-                size=min(num_actors, len(pending)),
-                max_tasks_in_flight_per_actor=_QUEUED_PER_ACTOR,
+                size=min(num_actors, len(pending)), max_tasks_in_flight_per_actor=_QUEUED_PER_ACTOR
             ),
             batch_format="pyarrow",
             batch_size=None,

@@ -177,9 +177,7 @@ def _shorten(value: object) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
-_HINTS = {
-    "response_format": "; pictures are not kept, so there is no URL to give",
-}
+_HINTS = {"response_format": "; pictures are not kept, so there is no URL to give"}
 _JOB_HINTS = {
     "response_format": "; pictures of a job are fetched one by one",
     "stream": "; ask how far a job is with GET /v1/images/jobs/ID",

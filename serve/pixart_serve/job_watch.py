@@ -12,16 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
-from pixart_serve.job_store import (
-    END,
-    Ending,
-    Entry,
-    Fault,
-    Job,
-    JobStore,
-    Lease,
-    UnreadableOrder,
-)
+from pixart_serve.job_store import END, Ending, Entry, Fault, Job, JobStore, Lease, UnreadableOrder
 
 _MAX_LOST = 10  # replicas, over one part, before that is held against its job
 _State = Mapping[str, str]  # tags of state files by name

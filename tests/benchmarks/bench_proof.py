@@ -40,7 +40,7 @@ OURS = "default"
 STUDIED = ("recipe", "crowds", "decomposition", "transformer", "captions", "levers")
 TASKS = {"recipe": "digits", "crowds": "crowds"}  # of studies with peers
 PEERS = {  # TFLOPs; the paper's settings get ten times ours
-    "recipe/diffusers": 40, "crowds/diffusers": 80, "recipe/diffusers-tuned": 20, "recipe/unet": 20,
+    "recipe/diffusers": 40, "crowds/diffusers": 80, "recipe/unet": 20,
 }  # fmt: skip
 PEER_POINTS = 15
 Figures = dict[str, Any]
