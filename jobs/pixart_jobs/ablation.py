@@ -77,7 +77,7 @@ class Study(Section):
     factor to come to it. One for all, or by variant where one is sought that takes many times
     another's; of a variant that is left out, as long as its recipe says."""
     points: int = Field(8, ge=2, le=1000)
-    """How often quality is measured along a run, about; states of as many are kept."""
+    """How often quality is measured along a run, about; states of as many are kept as it trains."""
     target: dict[Metric, float] = Field(min_length=1)
     """Quality whose compute is sought: ``digit_accuracy: 0.9``; of ``fid`` and ``kid``, at most."""
 
