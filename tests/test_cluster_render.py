@@ -114,7 +114,7 @@ def curl_lines() -> list[tuple[str, int]]:
 def test_a_rendered_config_draws_and_answers_the_readmes_curl_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models, port = register_models(tmp_path, 1), free_port()
+    models, port = register_models(tmp_path, 2), free_port()
     recipe = read_recipe(
         "digits",
         ["serve.allow_anonymous=true", f"serve.port={port}", f"serve.jobs={tmp_path / 'jobs'}"],

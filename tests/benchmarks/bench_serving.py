@@ -18,7 +18,7 @@ Last, row-steps a second of the saturated service beside those of a bare loop ov
 batch, in a process with one thread: what HTTP, Serve, text, decoding and encoding cost together.
 They cost the same milliseconds for any network: with the demo's, of 2 ms a row-step, that is
 another share than with one that services draw with. So it is measured with the smallest published
-one too (S/2, 33 M parameters), on the demo's small latents.
+one too (S/2, 30 M parameters), on the demo's small latents.
 
 ``--quick`` takes about 8 minutes on 2 cores, a full run 19, which writes results/; ``--overhead``
 alone 7, which writes its own. The last line is one JSON object of figures and bars.
