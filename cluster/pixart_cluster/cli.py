@@ -295,7 +295,6 @@ def _new(dest: Path) -> Iterator[Path]:
     if dest.exists() and (dest.is_file() or any(dest.iterdir())):
         raise StorageError(f"{dest} exists; delete it, or give another place")
     try:
-        dest.absolute().parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".", dir=dest.absolute().parent) as beside:
             yield Path(beside) / dest.name
             os.replace(Path(beside) / dest.name, dest)
