@@ -66,7 +66,7 @@ def render(document: Mapping[str, Any]) -> str:
         for method, operation in methods.items()
     )
     title = escape(info["title"])
-    key = "<p>Every route but <code>/healthz</code> wants <code>Authorization: Bearer KEY</code>."
+    key = "<p>All here but <code>/healthz</code> want <code>Authorization: Bearer KEY</code>."
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
