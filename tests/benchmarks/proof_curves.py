@@ -26,7 +26,7 @@ def read_curves(study: str) -> tuple[str, dict[str, list[Curve]]]:
     for path in sorted(RESULTS.glob(f"proof_{study}_*.json")):
         for name, row in json.loads(path.read_text())["figures"].items():
             for key, curves in row.items() if isinstance(row, dict) else ():
-                if key.startswith("curves of ") and len(curves) >= len(found.get(name, ())):
+                if key.startswith("curves of ") and len(curves) > len(found.get(name, ())):
                     metric, found[name] = key.removeprefix("curves of "), curves
     return metric, found
 
