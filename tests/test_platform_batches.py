@@ -3,7 +3,6 @@
 import pickle
 import threading
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -266,18 +265,30 @@ def test_a_partition_that_is_gone_is_named(tmp_path: Path) -> None:
         index.fetch((4, 4), np.array([0]))
 
 
-def num_prefetch_threads() -> int:
-    return sum(t.name.startswith("prefetch") for t in threading.enumerate())
+def threads_ahead() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("ahead")}
 
 
-def test_items_come_in_order_and_all_of_them() -> None:
+@pytest.fixture
+def others() -> set[threading.Thread]:
+    """Threads that earlier tests' abandoned iterators may still have."""
+    return threads_ahead()
+
+
+def wait_until_ended(others: set[threading.Thread]) -> None:
+    for thread in threads_ahead() - others:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_items_come_in_order_and_all_of_them(others: set[threading.Thread]) -> None:
     def make(n: int) -> int:
         time.sleep(0.003 if n % 3 == 0 else 0)
         return n * n
 
     assert list(map_ahead(make, range(5, 25), 4)) == [n * n for n in range(5, 25)]
     assert list(map_ahead(make, range(5, 5), 4)) == []
-    assert num_prefetch_threads() == 0
+    wait_until_ended(others)
 
 
 def test_the_next_items_are_made_before_they_are_asked_for() -> None:
@@ -296,7 +307,7 @@ def test_the_next_items_are_made_before_they_are_asked_for() -> None:
     assert list(items) == list(range(1, 10))
 
 
-def test_an_error_comes_at_its_item_and_ends_the_thread() -> None:
+def test_an_error_comes_at_its_item_and_ends_the_threads(others: set[threading.Thread]) -> None:
     def make(n: int) -> int:
         if n == 6:
             raise ManifestError("part-00006.parquet: cannot be read")
@@ -309,7 +320,7 @@ def test_an_error_comes_at_its_item_and_ends_the_thread() -> None:
     assert list(islice(items, 3)) == [3, 4, 5]
     with pytest.raises(ManifestError, match="part-00006"):
         next(items)
-    assert num_prefetch_threads() == 0
+    wait_until_ended(others)
 
 
 def test_items_are_made_side_by_side() -> None:
@@ -322,7 +333,7 @@ def test_items_are_made_side_by_side() -> None:
     assert list(map_ahead(make, range(9), 3)) == list(range(9))
 
 
-def test_abandoning_it_finishes_the_items_under_way_and_makes_no_more() -> None:
+def test_abandoning_it_waits_for_nothing_and_makes_no_more(others: set[threading.Thread]) -> None:
     made: list[int] = []
     left = threading.Event()
 
@@ -332,17 +343,11 @@ def test_abandoning_it_finishes_the_items_under_way_and_makes_no_more() -> None:
             assert left.wait(20)
         return n
 
-    def abandon() -> Iterator[int]:
-        for n in map_ahead(make, range(10_000), 4):
-            yield n
-            if n == 2:
-                left.set()
-                return
-
-    assert list(abandon()) == [0, 1, 2]
-    deadline = time.monotonic() + 10
-    while num_prefetch_threads() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert num_prefetch_threads() == 0
+    items = iter(map_ahead(make, range(10_000), 4))
+    assert list(islice(items, 3)) == [0, 1, 2]
+    del items
+    assert threads_ahead() - others, "a join in a finalizer hangs where a thread is starting"
+    left.set()
+    wait_until_ended(others)
     assert sorted(made) == list(range(len(made)))
     assert len(made) <= 7

@@ -218,15 +218,16 @@ Made = TypeVar("Made")
 
 def map_ahead(make: Callable[[Item], Made], items: Iterable[Item], depth: int) -> Iterator[Made]:
     """``map`` on ``depth`` threads, in order, at most that many results ahead of the reader."""
-    with ThreadPoolExecutor(depth, thread_name_prefix="ahead") as pool:
-        waiting: deque[Future[Made]] = deque()
-        try:
-            for item in items:
-                if len(waiting) == depth:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(make, item))
-            while waiting:
+    pool = ThreadPoolExecutor(depth, thread_name_prefix="ahead")
+    waiting: deque[Future[Made]] = deque()
+    try:
+        for item in items:
+            if len(waiting) == depth:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+            waiting.append(pool.submit(make, item))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Not joined: if the reader left early, the garbage collector ends this in any thread, also
+        # in one that is starting and holds the lock that a join takes (CPython 3.11, threading.py).
+        pool.shutdown(wait=False, cancel_futures=True)
